@@ -1,0 +1,222 @@
+"""Every attribute that this relay understands: one row each in :class:`Attr`.
+
+A row is the type, the wire name, and how the value is read and written. Values are
+plain Python: text, integers, ``(host, port)``. A wrong value raises
+:class:`DecodeError`; nothing here knows which message an attribute belongs to.
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from relay.stun.address import Address, pack_host, unpack_host
+from relay.stun.const import COMPREHENSION_OPTIONAL, MAGIC_COOKIE, Family
+
+T = TypeVar("T")
+
+_COOKIE: Final = MAGIC_COOKIE.to_bytes(4, "big")
+_ADDRESS_SIZE: Final = {Family.IPV4: 4, Family.IPV6: 16}
+
+
+class DecodeError(ValueError):
+    """Bytes from the wire that are not what they claim to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coding(Generic[T]):
+    """How a value is read and written. Both ways need the transaction id (to XOR addresses)."""
+
+    decode: Callable[[bytes, bytes], T]  # value, transaction id; raises DecodeError
+    encode: Callable[[T, bytes], bytes]  # the same without the padding
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attribute(Generic[T]):
+    """One row of the table. RFC 8489 §14: type, length (both 16 bits), value, padding to 4."""
+
+    type: int
+    name: str
+    coding: Coding[T]
+    repeatable: bool = False  # else the first occurrence counts
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _text(longest: int) -> Coding[str]:
+    """UTF-8 of at most *longest* bytes."""
+
+    def decode(value: bytes, _transaction_id: bytes) -> str:
+        if len(value) > longest:
+            raise DecodeError(f"{len(value)} bytes, at most {longest} allowed")
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise DecodeError("not UTF-8") from error
+
+    return Coding(decode, lambda text, _transaction_id: text.encode())
+
+
+def _octets(*sizes: int) -> Coding[bytes]:
+    """Bytes as they are, of one of the *sizes* (any, if none is given)."""
+
+    def decode(value: bytes, _transaction_id: bytes) -> bytes:
+        if sizes and len(value) not in sizes:
+            raise DecodeError(f"{len(value)} bytes instead of {sizes[0]}")
+        return value
+
+    return Coding(decode, lambda value, _transaction_id: value)
+
+
+def _number(layout: str) -> Coding[int]:
+    """One unsigned integer; whatever else *layout* skips is reserved and ignored."""
+    packer = struct.Struct(layout)
+
+    def decode(value: bytes, _transaction_id: bytes) -> int:
+        if len(value) != packer.size:
+            raise DecodeError(f"{len(value)} bytes instead of {packer.size}")
+        return int(packer.unpack(value)[0])
+
+    return Coding(decode, lambda number, _transaction_id: packer.pack(number))
+
+
+def _family() -> Coding[Family]:
+    """Family (8 bits), 24 bits reserved. RFC 8656 §18.6."""
+    number = _number("!Bxxx")
+
+    def decode(value: bytes, transaction_id: bytes) -> Family:
+        return _known_family(number.decode(value, transaction_id))
+
+    return Coding(decode, number.encode)
+
+
+def _address(*, xored: bool) -> Coding[Address]:
+    """Zero (8 bits), family (8), port (16), address (32 or 128). RFC 8489 §14.1, §14.2.
+
+    XORed: the port with the first half of the magic cookie, the address with the
+    cookie followed by the transaction id.
+    """
+
+    def mask(transaction_id: bytes) -> bytes:
+        return _COOKIE + transaction_id if xored else bytes(16)
+
+    def decode(value: bytes, transaction_id: bytes) -> Address:
+        if len(value) < 4:
+            raise DecodeError(f"{len(value)} bytes are no address")
+        size = _ADDRESS_SIZE[_known_family(value[1])]
+        if len(value) != 4 + size:
+            raise DecodeError(f"{len(value)} bytes instead of {4 + size}")
+        key = mask(transaction_id)
+        port = int.from_bytes(_xor(value[2:4], key), "big")
+        return unpack_host(_xor(value[4:], key)), port
+
+    def encode(address: Address, transaction_id: bytes) -> bytes:
+        host, port = address
+        packed = pack_host(host)
+        family = Family.IPV4 if len(packed) == 4 else Family.IPV6
+        key = mask(transaction_id)
+        return bytes((0, family)) + _xor(port.to_bytes(2, "big"), key) + _xor(packed, key)
+
+    return Coding(decode, encode)
+
+
+def _error_code() -> Coding[tuple[int, str]]:
+    """Reserved (21 bits), class (3), number (8), reason phrase. RFC 8489 §14.8."""
+
+    def decode(value: bytes, _transaction_id: bytes) -> tuple[int, str]:
+        return _decode_code(value), _decode_reason(value)
+
+    def encode(error: tuple[int, str], _transaction_id: bytes) -> bytes:
+        code, reason = error
+        return bytes((0, 0, *divmod(code, 100))) + reason.encode()
+
+    return Coding(decode, encode)
+
+
+def _address_error_code() -> Coding[tuple[Family, int, str]]:
+    """As ERROR-CODE, with the family in the first 8 bits. RFC 8656 §18.12."""
+
+    def decode(value: bytes, _transaction_id: bytes) -> tuple[Family, int, str]:
+        code = _decode_code(value)
+        return _known_family(value[0]), code, _decode_reason(value)
+
+    def encode(error: tuple[Family, int, str], _transaction_id: bytes) -> bytes:
+        family, code, reason = error
+        return bytes((family, 0, *divmod(code, 100))) + reason.encode()
+
+    return Coding(decode, encode)
+
+
+def _types() -> Coding[tuple[int, ...]]:
+    """Attribute types, 16 bits each. RFC 8489 §14.9."""
+
+    def decode(value: bytes, _transaction_id: bytes) -> tuple[int, ...]:
+        if len(value) % 2:
+            raise DecodeError("half an attribute type")
+        return struct.unpack(f"!{len(value) // 2}H", value)
+
+    def encode(types: tuple[int, ...], _transaction_id: bytes) -> bytes:
+        return struct.pack(f"!{len(types)}H", *types)
+
+    return Coding(decode, encode)
+
+
+class Attr:
+    """The attributes, by their wire names."""
+
+    MAPPED_ADDRESS = Attribute(0x0001, "MAPPED-ADDRESS", _address(xored=False))
+    USERNAME = Attribute(0x0006, "USERNAME", _text(508))
+    MESSAGE_INTEGRITY = Attribute(0x0008, "MESSAGE-INTEGRITY", _octets(20))
+    ERROR_CODE = Attribute(0x0009, "ERROR-CODE", _error_code())
+    UNKNOWN_ATTRIBUTES = Attribute(0x000A, "UNKNOWN-ATTRIBUTES", _types())
+    CHANNEL_NUMBER = Attribute(0x000C, "CHANNEL-NUMBER", _number("!Hxx"))
+    LIFETIME = Attribute(0x000D, "LIFETIME", _number("!I"))
+    XOR_PEER_ADDRESS = Attribute(0x0012, "XOR-PEER-ADDRESS", _address(xored=True), repeatable=True)
+    DATA = Attribute(0x0013, "DATA", _octets())
+    REALM = Attribute(0x0014, "REALM", _text(763))
+    NONCE = Attribute(0x0015, "NONCE", _octets())
+    XOR_RELAYED_ADDRESS = Attribute(0x0016, "XOR-RELAYED-ADDRESS", _address(xored=True))
+    REQUESTED_ADDRESS_FAMILY = Attribute(0x0017, "REQUESTED-ADDRESS-FAMILY", _family())
+    REQUESTED_TRANSPORT = Attribute(0x0019, "REQUESTED-TRANSPORT", _number("!Bxxx"))
+    XOR_MAPPED_ADDRESS = Attribute(0x0020, "XOR-MAPPED-ADDRESS", _address(xored=True))
+    ADDITIONAL_ADDRESS_FAMILY = Attribute(0x8000, "ADDITIONAL-ADDRESS-FAMILY", _family())
+    ADDRESS_ERROR_CODE = Attribute(0x8001, "ADDRESS-ERROR-CODE", _address_error_code())
+    SOFTWARE = Attribute(0x8022, "SOFTWARE", _text(763))
+    FINGERPRINT = Attribute(0x8028, "FINGERPRINT", _number("!I"))
+
+
+BY_TYPE: Final[dict[int, Attribute[object]]] = {
+    row.type: row for row in vars(Attr).values() if isinstance(row, Attribute)
+}
+
+
+def comprehension_required(attribute_type: int) -> bool:
+    """Tell whether a receiver that does not know the type must refuse. RFC 8489 §14."""
+    return attribute_type < COMPREHENSION_OPTIONAL
+
+
+def _known_family(number: int) -> Family:
+    try:
+        return Family(number)
+    except ValueError:
+        raise DecodeError(f"unknown address family {number:#04x}") from None
+
+
+def _decode_code(value: bytes) -> int:
+    if len(value) < 4:
+        raise DecodeError(f"{len(value)} bytes are no error code")
+    return (value[2] & 0x07) * 100 + value[3]
+
+
+def _decode_reason(value: bytes) -> str:
+    try:
+        return value[4:].decode()
+    except UnicodeDecodeError as error:
+        raise DecodeError("reason phrase is not UTF-8") from error
+
+
+def _xor(value: bytes, key: bytes) -> bytes:
+    size = len(value)
+    mixed = int.from_bytes(value, "big") ^ int.from_bytes(key[:size], "big")
+    return mixed.to_bytes(size, "big")

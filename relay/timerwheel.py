@@ -1,0 +1,125 @@
+"""Deadlines in one-second slots. Pure: time is handed in.
+
+A timer wheel suits a relay because nearly every deadline is moved before it comes
+(each Refresh, each rebind) and no deadline is far away. Moving one later costs a
+single store: the item stays in the slot where it lies and is filed again when that slot
+comes round. Nothing ever looks at all items.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from math import inf
+from typing import Final, Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+SLOTS: Final = 4096  # seconds; more than the hour that an allocation may last
+
+
+@dataclass(slots=True)
+class _Entry:
+    deadline: float  # seconds, on the clock of the caller
+    slot: int  # where it is filed, which may come round before *deadline*
+
+
+class TimerWheel(Generic[T]):
+    """Items, each with one deadline in seconds of a monotonic clock.
+
+    Deadlines are exact: an item is due at its deadline, neither a slot earlier nor
+    later. One that lies further away than the wheel reaches is filed as far as it goes
+    and filed again from there.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._entries: dict[T, _Entry] = {}
+        # A dict serves as an ordered set: items due together come out as they were filed.
+        self._slots: list[dict[T, None] | None] = [None] * SLOTS
+        self._wake = [inf] * SLOTS  # the earliest deadline ever filed in each slot
+        self._occupied = 0  # bit n is set while slot n holds an item
+        self._cursor = int(now)  # every earlier second has been served
+        self._next: float = inf
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When :meth:`advance` should be called next, or None while there is nothing to wait for.
+
+        It can be earlier than any deadline, when items were moved or cancelled: then
+        advancing files them anew.
+        """
+        return None if self._next == inf else self._next
+
+    def schedule(self, item: T, deadline: float) -> None:
+        """Make *item* due at *deadline*, instead of when it was due before."""
+        entry = self._entries.get(item)
+        if entry is None:
+            entry = self._entries[item] = _Entry(deadline, -1)
+        elif deadline >= entry.deadline:
+            entry.deadline = deadline
+            return
+        else:
+            self._take_out(item, entry.slot)
+            entry.deadline = deadline
+        self._file(item, entry)
+
+    def cancel(self, item: T) -> None:
+        """Forget *item*; nothing happens if it is not there."""
+        entry = self._entries.pop(item, None)
+        if entry is not None:
+            self._take_out(item, entry.slot)
+
+    def advance(self, now: float) -> list[T]:
+        """Return what is due at *now*, earliest second first, and forget it."""
+        due: list[T] = []
+        while self._next <= now:
+            self._cursor = int(self._next)
+            for item in self._empty(self._cursor % SLOTS):
+                entry = self._entries[item]
+                if entry.deadline <= now:
+                    del self._entries[item]
+                    due.append(item)
+                else:
+                    self._file(item, entry)
+            self._find_next()
+        self._cursor = max(self._cursor, int(now))
+        return due
+
+    def _file(self, item: T, entry: _Entry) -> None:
+        wake = min(max(entry.deadline, self._cursor), self._cursor + SLOTS - 1)
+        slot = entry.slot = int(wake) % SLOTS
+        items = self._slots[slot]
+        if items is None:
+            self._slots[slot] = {item: None}
+            self._occupied |= 1 << slot
+        else:
+            items[item] = None
+        self._wake[slot] = min(self._wake[slot], wake)
+        self._next = min(self._next, wake)
+
+    def _take_out(self, item: T, slot: int) -> None:
+        items = self._slots[slot]
+        assert items is not None
+        del items[item]
+        if not items:
+            self._empty(slot)
+            self._find_next()
+
+    def _empty(self, slot: int) -> dict[T, None]:
+        items = self._slots[slot]
+        assert items is not None
+        self._slots[slot] = None
+        self._wake[slot] = inf
+        self._occupied ^= 1 << slot
+        return items
+
+    def _find_next(self) -> None:
+        """Look up the slot that comes round first: the lowest bit set, from the cursor on."""
+        if not self._occupied:
+            self._next = inf
+            return
+        start = self._cursor % SLOTS
+        ahead = self._occupied >> start
+        bits, first = (ahead, start) if ahead else (self._occupied, 0)
+        self._next = self._wake[first + (bits & -bits).bit_length() - 1]

@@ -1,0 +1,67 @@
+"""Who may ask: credentials made from a shared secret, and nonces without a table.
+
+The portal and the relay share a secret, so that the portal can hand out credentials
+that the relay can check without having seen them before.
+"""
+
+import hashlib
+import hmac
+from base64 import b64encode
+from typing import Final
+
+from relay.stun.integrity import long_term_key
+from relay.turn.commands import ClientAddress
+
+REALM: Final = "firezone"
+NONCE_LIFETIME: Final = 3600  # seconds
+_EXPIRY_DIGITS: Final = 20  # as many as 2^64 - 1 has
+_TIMESTAMP_SIZE: Final = 8  # hexadecimal digits
+_MAC_SIZE: Final = 24  # the nonce stays short: it is two fifths of an answer to anyone
+
+
+def password(expiry: str, salt: str, secret: str) -> str:
+    """Return the password of user ``{expiry}:{salt}``: unpadded base64 of a SHA-256."""
+    digest = hashlib.sha256(f"{expiry}:{secret}:{salt}".encode()).digest()
+    return b64encode(digest).rstrip(b"=").decode()
+
+
+class Authenticator:
+    """Checks usernames and nonces. Holds no state that a request could change."""
+
+    def __init__(self, secret: str, nonce_key: bytes) -> None:
+        """Take the shared *secret* as it is written, and a random key for the nonces."""
+        self._secret = secret
+        self._nonce_key = nonce_key
+
+    def key(self, username: str) -> bytes | None:
+        """Return the long-term key of *username*, expired or not; None if it is malformed."""
+        expiry, colon, salt = username.partition(":")
+        if not colon or not _is_expiry(expiry):
+            return None
+        return long_term_key(username, REALM, password(expiry, salt, self._secret))
+
+    def has_expired(self, username: str, unix_now: float) -> bool:
+        """Tell if a well-formed *username* is past its expiry, in seconds of Unix time."""
+        return int(username.partition(":")[0]) < unix_now
+
+    def nonce(self, client: ClientAddress, now: float) -> bytes:
+        """Return a nonce for *client*: when it was issued, and a MAC that binds it to them."""
+        issued = b"%0*x" % (_TIMESTAMP_SIZE, int(now))
+        return issued + self._nonce_mac(issued, client)
+
+    def nonce_is_valid(self, nonce: bytes, client: ClientAddress, now: float) -> bool:
+        """Tell if *nonce* was issued here, to this client, at most an hour ago."""
+        issued, mac = nonce[:_TIMESTAMP_SIZE], nonce[_TIMESTAMP_SIZE:]
+        if not hmac.compare_digest(mac, self._nonce_mac(issued, client)):
+            return False
+        return int(now) - int(issued, 16) <= NONCE_LIFETIME
+
+    def _nonce_mac(self, issued: bytes, client: ClientAddress) -> bytes:
+        host, port = client[0][:2]
+        covered = issued + f" {host} {port}".encode()
+        return hmac.digest(self._nonce_key, covered, "sha256").hex()[:_MAC_SIZE].encode()
+
+
+def _is_expiry(text: str) -> bool:
+    """Tell if *text* is a decimal number, at most as large as 20 digits can say."""
+    return text.isascii() and text.isdigit() and len(text) <= _EXPIRY_DIGITS

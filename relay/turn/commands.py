@@ -1,0 +1,95 @@
+"""Everything that the server can ask for, and the addresses it speaks of.
+
+Whoever drives the server takes commands with ``Server.next_command`` after each input
+and carries them out in that order.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NewType
+
+from relay.stun.address import Address
+from relay.stun.const import Family
+
+ClientAddress = NewType("ClientAddress", tuple[tuple[Any, ...], bytes])
+"""A client's side of its 5-tuple, and ours: ``(socket address, local address)``.
+
+The socket address is what the kernel reports and takes, beginning with host and port.
+The local address is the one of ours that the client wrote to, packed, or empty where
+the listening socket has just one. Compared and handed back whole.
+"""
+
+PeerAddress = NewType("PeerAddress", Address)
+"""A peer: host and port, without flow label or scope."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendMessage:
+    """Send a STUN message to a client from the listening socket."""
+
+    to: ClientAddress
+    message: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPort:
+    """Bind a relay port in each family, all or none.
+
+    Answer with ``Server.handle_port_opened`` or ``Server.handle_port_failed``.
+    """
+
+    port: int
+    families: tuple[Family, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePort:
+    """Give up a relay port that was opened."""
+
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class BindChannel:
+    """Relay between *client* on channel *number* and *peer* through *port*, both ways."""
+
+    client: ClientAddress
+    number: int
+    port: int
+    peer: PeerAddress
+    # False if the peer may be reached only as an allocation of this very relay.
+    reaches_outside: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnbindChannel:
+    """Stop relaying what the same BindChannel started."""
+
+    client: ClientAddress
+    number: int
+    port: int
+    peer: PeerAddress
+
+
+Command = SendMessage | OpenPort | ClosePort | BindChannel | UnbindChannel
+
+
+class PortFailure(Enum):
+    """Why a port was not opened."""
+
+    IN_USE = "in use by another process"  # another one may do
+    REFUSED = "refused by the system"  # out of descriptors or memory: no other will do
+
+
+class Drop(Enum):
+    """Why a datagram was not served. The value is the name under which it is counted."""
+
+    NO_SOURCE_PORT = "source_port_zero"
+    UNKNOWN_PROTOCOL = "unknown_protocol"  # the first byte is neither STUN nor ChannelData
+    MALFORMED_STUN = "malformed_stun"
+    WRONG_FINGERPRINT = "wrong_fingerprint"
+    NOT_A_REQUEST = "not_a_request"
+    MALFORMED_CHANNEL_DATA = "malformed_channel_data"
+    UNBOUND_CHANNEL = "unbound_channel"
+    UNBOUND_PEER = "unbound_peer"
+    PEER_IS_GONE = "peer_is_gone"  # it was an allocation of this relay, and nothing else is allowed

@@ -1,0 +1,203 @@
+"""Allocations, channels and every index over them. The only writer of that state.
+
+Rules about *who may* are the server's; what is kept here is that the indexes agree, that
+each change of what is relayed leaves as a command, and that everything has a deadline.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Final
+
+from relay.stun.const import Family
+from relay.timerwheel import TimerWheel
+from relay.turn.commands import (
+    BindChannel,
+    ClientAddress,
+    ClosePort,
+    Command,
+    PeerAddress,
+    UnbindChannel,
+)
+
+CHANNEL_LIFETIME: Final = 600  # seconds. RFC 8656 §12
+CHANNEL_COOLDOWN: Final = 300  # seconds until number and peer are free again. RFC 8656 §12
+
+
+class Binding(Enum):
+    """The life of a channel."""
+
+    BOUND = auto()  # relays
+    COOLING = auto()  # relays nothing; number and peer are still reserved for each other
+    GONE = auto()
+
+
+class Input(Enum):
+    """What moves a channel from one state to the next."""
+
+    BIND = auto()
+    EXPIRED = auto()
+
+
+NEXT: Final = {
+    (Binding.BOUND, Input.BIND): Binding.BOUND,  # a refresh
+    (Binding.BOUND, Input.EXPIRED): Binding.COOLING,
+    (Binding.COOLING, Input.BIND): Binding.BOUND,  # revived, both ways
+    (Binding.COOLING, Input.EXPIRED): Binding.GONE,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Channel:
+    """A channel number bound to one peer of one allocation. RFC 8656 §12."""
+
+    client: ClientAddress
+    number: int
+    port: int  # of the allocation
+    peer: PeerAddress
+    state: Binding = Binding.COOLING
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """A relay port lent to one client until *expires_at*. RFC 8656 §6."""
+
+    client: ClientAddress
+    username: str
+    port: int
+    families: tuple[Family, ...]  # those of its relayed addresses, IPv4 first
+    transaction_id: bytes  # of the Allocate that made it
+    lifetime: int  # seconds, as granted to that Allocate
+    expires_at: float  # monotonic seconds
+    channels: dict[int, Channel] = field(default_factory=dict)
+    channels_by_peer: dict[PeerAddress, Channel] = field(default_factory=dict)
+
+
+class Tables:
+    """Every allocation and channel of the relay, by all that they are looked up by."""
+
+    def __init__(self, now: float, commands: deque[Command]) -> None:
+        """Begin empty; what changes leaves through *commands*."""
+        self._by_client: dict[ClientAddress, Allocation] = {}
+        self._by_port: dict[int, Allocation] = {}
+        self._by_username: dict[str, list[Allocation]] = {}
+        self._deadlines: TimerWheel[Allocation | Channel] = TimerWheel(now)
+        self._commands = commands
+
+    def __len__(self) -> int:
+        return len(self._by_client)
+
+    def of_client(self, client: ClientAddress) -> Allocation | None:
+        """Return the allocation of a 5-tuple."""
+        return self._by_client.get(client)
+
+    def at_port(self, port: int) -> Allocation | None:
+        """Return the allocation that holds a relay port."""
+        return self._by_port.get(port)
+
+    def of_username(self, username: str) -> list[Allocation]:
+        """Return the allocations made with a username, oldest first."""
+        return list(self._by_username.get(username, ()))
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When :meth:`expire` should be called next."""
+        return self._deadlines.next_deadline
+
+    def add(self, allocation: Allocation) -> None:
+        """Enter a new allocation, whose port is open."""
+        assert allocation.client not in self._by_client
+        assert allocation.port not in self._by_port
+        self._by_client[allocation.client] = allocation
+        self._by_port[allocation.port] = allocation
+        self._by_username.setdefault(allocation.username, []).append(allocation)
+        self._deadlines.schedule(allocation, allocation.expires_at)
+
+    def refresh(self, allocation: Allocation, expires_at: float) -> None:
+        """Move an allocation's end, in either direction."""
+        allocation.expires_at = expires_at
+        self._deadlines.schedule(allocation, expires_at)
+
+    def delete(self, allocation: Allocation) -> None:
+        """Free an allocation with its port and all its channels, cooling ones too."""
+        for channel in allocation.channels.values():
+            self._deadlines.cancel(channel)
+            if channel.state is Binding.BOUND:
+                self._unbind(channel)
+            channel.state = Binding.GONE
+        allocation.channels.clear()
+        allocation.channels_by_peer.clear()
+        self._deadlines.cancel(allocation)
+        del self._by_client[allocation.client]
+        del self._by_port[allocation.port]
+        namesakes = self._by_username[allocation.username]
+        namesakes.remove(allocation)
+        if not namesakes:
+            del self._by_username[allocation.username]
+        self._commands.append(ClosePort(allocation.port))
+
+    def bind(
+        self,
+        allocation: Allocation,
+        number: int,
+        peer: PeerAddress,
+        *,
+        reaches_outside: bool,
+        now: float,
+    ) -> None:
+        """Bind, refresh or revive a channel. The caller has seen that nothing is in the way."""
+        channel = allocation.channels.get(number)
+        if channel is None:
+            channel = Channel(allocation.client, number, allocation.port, peer)
+            allocation.channels[number] = allocation.channels_by_peer[peer] = channel
+        if channel.state is not Binding.BOUND:
+            self._commands.append(
+                BindChannel(channel.client, number, channel.port, peer, reaches_outside)
+            )
+        channel.state = NEXT[channel.state, Input.BIND]
+        self._deadlines.schedule(channel, now + CHANNEL_LIFETIME)
+
+    def expire(self, now: float) -> None:
+        """Serve every deadline up to *now*."""
+        for due in self._deadlines.advance(now):
+            if isinstance(due, Allocation):
+                self.delete(due)
+            elif due.state is not Binding.GONE:  # gone with its allocation, a moment ago
+                self._expire_channel(due, now)
+
+    def _expire_channel(self, channel: Channel, now: float) -> None:
+        channel.state = NEXT[channel.state, Input.EXPIRED]
+        if channel.state is Binding.COOLING:
+            self._unbind(channel)
+            self._deadlines.schedule(channel, now + CHANNEL_COOLDOWN)
+        else:
+            allocation = self._by_client[channel.client]
+            del allocation.channels[channel.number]
+            del allocation.channels_by_peer[channel.peer]
+
+    def _unbind(self, channel: Channel) -> None:
+        self._commands.append(
+            UnbindChannel(channel.client, channel.number, channel.port, channel.peer)
+        )
+
+    def check(self) -> None:
+        """Assert that every index tells the same story. For tests; looks at everything."""
+        allocations = list(self._by_client.values())
+        assert {a.client for a in allocations} == set(self._by_client)
+        assert {a.port: a for a in allocations} == self._by_port
+        assert sorted(map(id, allocations)) == sorted(
+            id(a) for namesakes in self._by_username.values() for a in namesakes
+        )
+        assert all(
+            namesakes and all(a.username == username for a in namesakes)
+            for username, namesakes in self._by_username.items()
+        )
+        for allocation in allocations:
+            assert {c.peer: c for c in allocation.channels.values()} == allocation.channels_by_peer
+            for number, channel in allocation.channels.items():
+                assert channel.number == number
+                assert channel.client == allocation.client
+                assert channel.port == allocation.port
+                assert channel.state is not Binding.GONE
+        deadlines = len(allocations) + sum(len(a.channels) for a in allocations)
+        assert len(self._deadlines) == deadlines
