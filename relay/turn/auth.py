@@ -25,6 +25,11 @@ def password(expiry: str, salt: str, secret: str) -> str:
     return b64encode(digest).rstrip(b"=").decode()
 
 
+def mint(expiry: int, salt: str, secret: str) -> tuple[str, str]:
+    """Return a username, valid until *expiry* in Unix time, and its password."""
+    return f"{expiry}:{salt}", password(str(expiry), salt, secret)
+
+
 class Authenticator:
     """Checks usernames and nonces. Holds no state that a request could change."""
 

@@ -16,7 +16,7 @@ from relay.stun import integrity
 from relay.stun.address import Address, family_of, format_endpoint
 from relay.stun.attributes import Attr, Attribute, DecodeError
 from relay.stun.const import UDP_PROTOCOL, ErrorCode, Family, Kind, Method
-from relay.stun.message import WrongFingerprint, Message, Received, decode
+from relay.stun.message import Message, Received, WrongFingerprint, decode
 from relay.turn.auth import REALM, Authenticator
 from relay.turn.commands import (
     ClientAddress,
@@ -44,7 +44,8 @@ class Settings:
     """What the server must know of its surroundings."""
 
     public_hosts: dict[Family, str]  # the hosts of relayed addresses, IPv4 first
-    ports: range  # those that allocations may get
+    ports: range  # those that allocations may get, but for the listening port
+    listen_port: int
     max_allocations: int
     channel_numbers: range
     one_allocation_per_username: bool
@@ -256,7 +257,8 @@ class Server:
 
     def _is_free(self, port: int, opening: "_Opening") -> bool:
         return (
-            self._tables.at_port(port) is None
+            port != self._settings.listen_port
+            and self._tables.at_port(port) is None
             and port not in self._opening
             and port not in opening.tried
         )

@@ -1,0 +1,67 @@
+"""``Config``: what the operator wants, checked once when it is built, trusted afterwards."""
+
+from dataclasses import dataclass, field
+
+from relay.stun.address import format_endpoint
+from relay.stun.const import Family
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong. The text names the option, the value and where it is from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that can be configured. Hosts are spelled as the kernel spells them.
+
+    Raises ConfigError if two values do not go together.
+    """
+
+    public_ip4: str | None
+    public_ip6: str | None
+    bind_ip4: str
+    bind_ip6: str
+    listen_port: int
+    lowest_port: int
+    highest_port: int
+    relay_secret: str | None = field(repr=False)
+    allow_peers: tuple[str, ...]  # CIDR
+    deny_peers: tuple[str, ...]
+    one_allocation_per_username: bool
+    max_allocations: int | None  # None: as many as ports and descriptors allow
+    channel_numbers: range
+    drain_timeout: int  # seconds
+    software: str | None
+    rng_seed: int | None
+
+    def __post_init__(self) -> None:
+        if self.lowest_port > self.highest_port:
+            raise ConfigError(
+                f"lowest-port {self.lowest_port} is above highest-port {self.highest_port}"
+            )
+        if self.lowest_port == self.highest_port == self.listen_port:
+            raise ConfigError(
+                f"the only relay port, {self.lowest_port}, is the listen-port: none is left"
+            )
+        if self.public_ip4 is None and self.public_ip6 is None:
+            raise ConfigError("neither public-ip4-addr nor public-ip6-addr: no address to lend")
+
+    @property
+    def public_hosts(self) -> dict[Family, str]:
+        """The public address of each family there is, IPv4 first."""
+        both = {Family.IPV4: self.public_ip4, Family.IPV6: self.public_ip6}
+        return {family: host for family, host in both.items() if host is not None}
+
+    @property
+    def bind_hosts(self) -> dict[Family, str]:
+        """The address to bind for each family that has a public address."""
+        both = {Family.IPV4: self.bind_ip4, Family.IPV6: self.bind_ip6}
+        return {family: both[family] for family in self.public_hosts}
+
+    @property
+    def urls(self) -> list[str]:
+        """The TURN URIs of this relay. RFC 7065."""
+        return [
+            f"turn:{format_endpoint(host, self.listen_port)}?transport=udp"
+            for host in self.public_hosts.values()
+        ]

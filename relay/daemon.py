@@ -1,0 +1,210 @@
+"""Builds the parts and connects them; starts, drains and stops. Holds no protocol."""
+
+import errno
+import logging
+import random
+import resource
+import secrets
+import signal
+import time
+from functools import partial
+from typing import Final
+
+from relay import sandbox
+from relay.config import Config
+from relay.forwarder import LARGEST_DATAGRAM, Forwarder
+from relay.metrics import Counters
+from relay.net.addresses import is_local, local_addresses
+from relay.net.mailbox import Mailbox
+from relay.net.reactor import Reactor, log_bug
+from relay.net.signals import Signals
+from relay.net.udp import LISTEN_BUFFER, ListeningSocket, RelayPorts, bind_udp
+from relay.stun.address import Address, format_endpoint
+from relay.stun.const import Family
+from relay.turn.auth import Authenticator, mint
+from relay.turn.channeldata import HEADER_SIZE
+from relay.turn.peers import PeerPolicy
+from relay.turn.server import Server, Settings
+
+logger = logging.getLogger("relay.daemon")
+
+EX_OSERR: Final = 71
+EX_CANTCREAT: Final = 73
+
+SPARE_DESCRIPTORS: Final = 64  # for everything but relay ports
+WELCOME_LIFETIME: Final = 24 * 3600  # seconds for which the credential printed at start is good
+
+
+class StartError(Exception):
+    """The relay cannot start. *exit_code* is the one to end with."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StopRequested:
+    """Posted to a running daemon: end as on SIGTERM."""
+
+
+class Daemon:
+    """A relay with its sockets bound, ready to run. Raises StartError if it cannot be."""
+
+    def __init__(self, config: Config) -> None:
+        """Bind the listening sockets and build everything behind them."""
+        self._config = config
+        self.counters = Counters()
+        self.reactor = Reactor(on_bug=self._on_bug)
+        self.mailbox: Mailbox[StopRequested] = Mailbox(lambda _: self.stop())
+        self._draining = False
+        rng = secrets.SystemRandom() if config.rng_seed is None else _seeded(config.rng_seed)
+        self._secret = config.relay_secret or rng.randbytes(32).hex()
+        self._welcome_salt = rng.randbytes(8).hex()
+        descriptors = _raise_descriptor_limit()
+
+        self._buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
+        self._listeners = {family: self._listen(host) for family, host in config.bind_hosts.items()}
+        ports = range(config.lowest_port, config.highest_port + 1)
+        self.server = Server(
+            Settings(
+                public_hosts=config.public_hosts,
+                ports=ports,
+                listen_port=config.listen_port,
+                max_allocations=config.max_allocations
+                or max(1, min(len(ports), descriptors - SPARE_DESCRIPTORS)),
+                channel_numbers=config.channel_numbers,
+                one_allocation_per_username=config.one_allocation_per_username,
+                software=config.software,
+            ),
+            authenticator=Authenticator(self._secret, nonce_key=rng.randbytes(32)),
+            peer_policy=PeerPolicy(config.allow_peers, config.deny_peers, self._own_addresses()),
+            randbelow=rng.randrange,
+            now=self.reactor.clock(),
+        )
+        self.forwarder = Forwarder(
+            self.server,
+            buffer=self._buffer,
+            listeners=dict(self._listeners),
+            open_port=RelayPorts(
+                self.reactor,
+                {family: self._relay_host(family) for family in config.public_hosts},
+                memoryview(self._buffer)[HEADER_SIZE:],
+                self.counters.lost,
+            ).open,
+            public_hosts=config.public_hosts,
+            channel_numbers=config.channel_numbers,
+            timers=self.reactor,
+            unix_clock=time.time,
+            counters=self.counters,
+        )
+        for listener in self._listeners.values():
+            self.reactor.register(
+                listener, partial(listener.receive, self.forwarder.on_client_datagram)
+            )
+        self.reactor.register(self.mailbox, self.mailbox.deliver)
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT and the end of draining. For the main thread."""
+        sandbox.enter()
+        with Signals((signal.SIGTERM, signal.SIGINT), self._on_signal) as signals:
+            self.reactor.register(signals, signals.deliver)
+            self._welcome()
+            self.serve()
+
+    def serve(self) -> None:
+        """Serve until :meth:`stop` and the end of draining, then close everything."""
+        try:
+            self.reactor.run()
+        finally:
+            self.forwarder.close()
+            for listener in self._listeners.values():
+                listener.close()
+            self.mailbox.close()
+            self.reactor.close()
+            self._farewell()
+
+    def stop(self) -> None:
+        """Refuse new allocations and end when there are none; asked again, end at once."""
+        if self._draining or not self.server.allocations:
+            self.reactor.stop()
+            return
+        self._draining = True
+        self.server.drain()
+        self.forwarder.on_last_port_closed = self.reactor.stop
+        self.reactor.call_later(self._config.drain_timeout, self.reactor.stop)
+        logger.info(
+            "draining: %d allocations left, at most %d s",
+            self.server.allocations,
+            self._config.drain_timeout,
+        )
+
+    def _on_signal(self, number: int) -> None:
+        logger.info("caught %s", signal.Signals(number).name)
+        self.stop()
+
+    def _on_bug(self, error: Exception) -> None:
+        self.counters.bugs += 1
+        log_bug(error)
+
+    def _listen(self, host: str) -> ListeningSocket:
+        port = self._config.listen_port
+        try:
+            sock = bind_udp(host, port, LISTEN_BUFFER)
+        except OSError as error:
+            where = format_endpoint(host, port)
+            in_use = error.errno == errno.EADDRINUSE
+            raise StartError(
+                EX_CANTCREAT if in_use else EX_OSERR,
+                f"cannot listen on {where} (UDP): {error.strerror}",
+            ) from error
+        return ListeningSocket(sock, memoryview(self._buffer), self.counters.lost)
+
+    def _relay_host(self, family: Family) -> str:
+        """Choose where relay ports are bound: peers must see them at the public address.
+
+        On a host with several addresses only binding to it makes the kernel send from it.
+        Behind a 1:1 NAT it is not ours to bind, and the listening address has to do.
+        """
+        public, bind = self._config.public_hosts[family], self._config.bind_hosts[family]
+        return public if bind in {"0.0.0.0", "::"} and is_local(public) else bind  # noqa: S104
+
+    def _own_addresses(self) -> set[Address]:
+        """List where this relay listens, so that nobody reaches it through itself."""
+        hosts = {*self._config.public_hosts.values(), *self._config.bind_hosts.values()}
+        return {(host, self._config.listen_port) for host in hosts | local_addresses()}
+
+    def _welcome(self) -> None:
+        config = self._config
+        expiry = int(time.time()) + WELCOME_LIFETIME
+        username, password = mint(expiry, self._welcome_salt, self._secret)
+        until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(expiry))
+        for url in config.urls:
+            print(f"TURN URL:   {url}")
+        print(f"username:   {username}")
+        print(f"credential: {password}")
+        print(f"(good until {until}; --mint makes others)", flush=True)
+        if config.rng_seed is not None:
+            logger.warning("rng-seed is set: secrets, nonces and ports can be predicted")
+        listening = [format_endpoint(*one.address[:2]) for one in self._listeners.values()]
+        logger.info(
+            "relaying: listening on %s, allocations on ports %d-%d",
+            " and ".join(listening),
+            config.lowest_port,
+            config.highest_port,
+        )
+
+    def _farewell(self) -> None:
+        dropped = ", ".join(f"{count} {why}" for why, count in self.counters.dropped.items())
+        logger.info("stopped; datagrams dropped: %s", dropped or "none")
+
+
+def _seeded(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311 - asked for, and warned about
+
+
+def _raise_descriptor_limit() -> int:
+    """Raise the soft limit of open files to the hard one, and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

@@ -1,0 +1,216 @@
+"""UDP sockets: bound once, never blocking, read a few datagrams at a time.
+
+Every socket reads into one buffer that its owner shares among all of them: a datagram is
+handled before the next one is read. A datagram that cannot be sent is lost, as UDP may
+lose it anywhere else; it is counted and that is all.
+"""
+
+import errno
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+from relay.net.reactor import Reactor
+
+READ_BUDGET: Final = 32  # datagrams per socket and turn of the reactor
+LISTEN_BUFFER: Final = 4 << 20  # bytes the kernel may queue for the listening socket
+RELAY_BUFFER: Final = 1 << 20  # the same for each relay port
+
+# From <asm-generic/socket.h>, <linux/in.h> and <linux/in6.h>; the socket module lacks them.
+_SO_RCVBUFFORCE: Final = 33
+_SO_SNDBUFFORCE: Final = 32
+_IP_PKTINFO: Final = 8
+_IPV6_PKTINFO: Final = socket.IPV6_PKTINFO
+_IP_MTU_DISCOVER: Final = 10
+_IPV6_MTU_DISCOVER: Final = 23
+_PMTUDISC_OMIT: Final = 5
+
+SocketAddress = tuple[Any, ...]
+"""What the kernel reports: (host, port), for IPv6 with flow label and scope."""
+
+OnDatagram = Callable[[int, Any], None]
+"""Takes size and source of a datagram that lies in the buffer."""
+
+Lost = Callable[[str], None]
+"""Takes the name of an errno, such as ``ENOBUFS``."""
+
+
+def bind_udp(host: str, port: int, buffer_size: int) -> socket.socket:
+    """Return a non-blocking UDP socket bound to *host* and *port*. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_OMIT)
+        else:
+            # DF stays clear, as RFC 8656 §15 wants without DONT-FRAGMENT, and no forged
+            # "fragmentation needed" can shrink what is sent.
+            sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_OMIT)
+        _set_buffers(sock, buffer_size)
+        sock.bind((host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _set_buffers(sock: socket.socket, size: int) -> None:
+    """Ask for queues of *size* bytes: past the system's limit if we may, else up to it."""
+    for forced, plain in (
+        (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
+        (_SO_SNDBUFFORCE, socket.SO_SNDBUF),
+    ):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, forced, size)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, plain, size)
+
+
+class RelaySocket:
+    """The socket of one relay port in one family. It talks to peers."""
+
+    __slots__ = ("_buffer", "_lost", "_reactor", "_sendto", "_sock")
+
+    def __init__(
+        self, sock: socket.socket, buffer: memoryview, lost: Lost, reactor: Reactor
+    ) -> None:
+        """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
+        self._sock = sock
+        self._reactor = reactor
+        self._buffer = buffer
+        self._lost = lost
+        self._sendto = sock.sendto
+
+    def receive(self, on_datagram: OnDatagram) -> None:
+        """Read what is there, within the budget; hand over size and source of each datagram."""
+        receive, buffer = self._sock.recvfrom_into, self._buffer
+        for _ in range(READ_BUDGET):
+            try:
+                size, source = receive(buffer)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._lost(_name(error))
+                return
+            # Of an IPv6 source, flow label and scope do not count.
+            on_datagram(size, source if len(source) == 2 else source[:2])
+
+    def send(self, datagram: memoryview | bytes, to: SocketAddress) -> None:
+        """Send one datagram to (host, port)."""
+        try:
+            self._sendto(datagram, to)
+        except OSError as error:
+            self._lost(_name(error))
+
+    def close(self) -> None:
+        """Stop reading at once; the port is given back after the present batch of events."""
+        self._reactor.retire(self._sock)
+
+
+class RelayPorts:
+    """Opens relay ports, and has the reactor read them."""
+
+    def __init__(
+        self, reactor: Reactor, hosts: Mapping[int, str], buffer: memoryview, lost: Lost
+    ) -> None:
+        """Take where to bind in each family, and what every :class:`RelaySocket` needs."""
+        self._reactor = reactor
+        self._hosts = hosts
+        self._buffer = buffer
+        self._lost = lost
+
+    def open(self, family: int, port: int, on_datagram: OnDatagram) -> RelaySocket:
+        """Bind a port, and call back with size and source of each datagram. Raises OSError."""
+        self._reactor.close_retired()  # it may be the very port
+        sock = bind_udp(self._hosts[family], port, RELAY_BUFFER)
+        relay_socket = RelaySocket(sock, self._buffer, self._lost, self._reactor)
+        self._reactor.register(sock, partial(relay_socket.receive, on_datagram))
+        return relay_socket
+
+
+class ListeningSocket:
+    """A socket that clients talk to.
+
+    Bound to a wildcard address, it notes which of the host's addresses each datagram was
+    sent to and answers from that one (IP_PKTINFO): the route's preferred source may be
+    another, which a client behind NAT would never hear. Clients are therefore pairs of
+    socket address and local address; the latter is empty if the socket has just one.
+    """
+
+    def __init__(self, sock: socket.socket, buffer: memoryview, lost: Lost) -> None:
+        """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
+        self._sock = sock
+        self._buffers = [buffer]
+        self._lost = lost
+        self.address: SocketAddress = sock.getsockname()
+        self._send_from: dict[bytes, list[tuple[int, int, bytes]]] = {b"": []}
+        self._is_ipv6 = sock.family == socket.AF_INET6
+        self._is_wildcard = self.address[0] in {"0.0.0.0", "::"}  # noqa: S104
+        if self._is_wildcard:
+            if self._is_ipv6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+            else:
+                sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._sock.fileno()
+
+    def receive(self, on_datagram: OnDatagram) -> None:
+        """Read what is there, within the budget; hand over size and client of each datagram."""
+        receive, buffers = self._sock.recvmsg_into, self._buffers
+        # struct in_pktinfo:  interface, local address, destination in the header
+        # struct in6_pktinfo: destination, interface
+        room = _PKTINFO_ROOM if self._is_wildcard else 0
+        local_part = slice(0, 16) if self._is_ipv6 else slice(4, 8)
+        local = b""
+        for _ in range(READ_BUDGET):
+            try:
+                size, ancillary, _, source = receive(buffers, room)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._lost(_name(error))
+                return
+            if ancillary:
+                local = ancillary[0][2][local_part]
+            on_datagram(size, (source, local))
+
+    def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> None:
+        """Send one datagram to a client, from the address that it wrote to."""
+        address, local = to
+        try:
+            self._sock.sendmsg((datagram,), self._ancillary(local), 0, address)
+        except OSError as error:
+            self._lost(_name(error))
+
+    def _ancillary(self, local: bytes) -> list[tuple[int, int, bytes]]:
+        """Return the control message that sets the source; the interface is the route's."""
+        known = self._send_from.get(local)
+        if known is None:
+            if len(self._send_from) >= _MOST_LOCAL_ADDRESSES:
+                self._send_from = {b"": []}
+            if self._is_ipv6:
+                info = (socket.IPPROTO_IPV6, _IPV6_PKTINFO, struct.pack("16sI", local, 0))
+            else:
+                info = (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("I4s4s", 0, local, bytes(4)))
+            known = self._send_from[local] = [info]
+        return known
+
+    def close(self) -> None:
+        """Give the port back to the system."""
+        with suppress(OSError):
+            self._sock.close()
+
+
+_PKTINFO_ROOM: Final = socket.CMSG_SPACE(20)  # of the larger one, in6_pktinfo
+# A whole prefix can be local to a host (AnyIP); what is remembered of it stays small.
+_MOST_LOCAL_ADDRESSES: Final = 256
+
+
+def _name(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, "unknown")

@@ -1,0 +1,319 @@
+"""Every option, one row each: its names, its default, how its text is read, what it does.
+
+The command line, the environment and the configuration file all speak text, so a value is
+read by the same function wherever it comes from.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_network
+from pathlib import Path
+from typing import Any, Final
+
+from relay.logs import FORMATS, parse_levels
+from relay.stun.address import unpack_host
+from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
+
+DEFAULT_FILE: Final = "/etc/firezone/relay.conf"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option. *parse* turns its text into a value, or raises ValueError with the reason."""
+
+    name: str  # --name on the command line, "name = value" in the file
+    variable: str
+    parse: Callable[[str], Any]
+    help: str
+    group: str
+    default: str | None = None  # None: unset
+    metavar: str | None = None  # None: a switch, with a --no- form
+    field: str | None = None  # of Config, if it is simply stored there
+    repeatable: bool = False
+
+    @property
+    def dest(self) -> str:
+        """The attribute under which the parsers keep its text."""
+        return self.name.replace("-", "_")
+
+
+def _ipv4(text: str) -> str:
+    try:
+        return str(IPv4Address(text))
+    except AddressValueError:
+        raise ValueError("not an IPv4 address") from None
+
+
+def _ipv6(text: str) -> str:
+    try:
+        address = IPv6Address(text)
+    except AddressValueError:
+        raise ValueError("not an IPv6 address") from None
+    if address.scope_id is not None:
+        raise ValueError("an address with a scope cannot be given to others")
+    return unpack_host(address.packed)
+
+
+def _public(parse: Callable[[str], str]) -> Callable[[str], str]:
+    """Read an address that others can send to."""
+
+    def read(text: str) -> str:
+        host = parse(text)
+        address = IPv6Address(host) if ":" in host else IPv4Address(host)
+        if address.is_unspecified or address.is_multicast:
+            raise ValueError("not an address that a peer could send to")
+        return host
+
+    return read
+
+
+def _number(lowest: int, highest: int | None, what: str) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text):
+            raise ValueError(f"not {what}")
+        number = int(text)
+        if number < lowest or (highest is not None and number > highest):
+            raise ValueError(f"not {what}")
+        return number
+
+    return read
+
+
+def _cidrs(text: str) -> tuple[str, ...]:
+    """Read prefixes, separated by commas or white space."""
+    prefixes = []
+    for word in re.split(r"[,\s]+", text.strip(", \t")):
+        try:
+            prefixes.append(str(ip_network(word)))
+        except ValueError as error:
+            raise ValueError(f"not a prefix such as 10.0.0.0/8: {error}") from None
+    return tuple(prefixes)
+
+
+def _switch(text: str) -> bool:
+    word = text.lower()
+    if word in {"true", "yes", "on", "1"}:
+        return True
+    if word in {"false", "no", "off", "0"}:
+        return False
+    raise ValueError("neither true nor false")
+
+
+def _choice(**choices: object) -> Callable[[str], Any]:
+    def read(text: str) -> object:
+        if text not in choices:
+            raise ValueError(f"not one of {', '.join(choices)}")
+        return choices[text]
+
+    return read
+
+
+def _log_levels(text: str) -> str:
+    parse_levels(text)
+    return text
+
+
+def _software(text: str) -> str:
+    if len(text.encode()) > 763 or not text.isprintable():
+        raise ValueError("not printable, or longer than 763 bytes")
+    return text
+
+
+def _secret_file(text: str) -> str:
+    """Read the shared secret from a file: one line of printable text."""
+    try:
+        secret = Path(text).read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("holds no plain ASCII text") from None
+    if not secret:
+        raise ValueError("is empty")
+    if not secret.isprintable() or " " in secret:
+        raise ValueError("holds more than one word")
+    return secret
+
+
+_port = _number(1, 65535, "a port from 1 to 65535")
+
+ADDRESSES: Final = "addresses and ports"
+CREDENTIALS: Final = "credentials"
+PEERS: Final = "who may be reached, and how many may ask"
+OPERATION: Final = "operation"
+
+OPTIONS: Final = (
+    Option(
+        "public-ip4-addr",
+        "PUBLIC_IP4_ADDR",
+        _public(_ipv4),
+        "IPv4 address at which clients and peers reach this relay (default: if neither family "
+        "is given, what the routing table says, or loopback)",
+        ADDRESSES,
+        metavar="ADDR",
+        field="public_ip4",
+    ),
+    Option(
+        "public-ip6-addr",
+        "PUBLIC_IP6_ADDR",
+        _public(_ipv6),
+        "the same for IPv6",
+        ADDRESSES,
+        metavar="ADDR",
+        field="public_ip6",
+    ),
+    Option(
+        "bind-ip4-addr",
+        "BIND_IP4_ADDR",
+        _ipv4,
+        "IPv4 address to listen on",
+        ADDRESSES,
+        default="0.0.0.0",  # noqa: S104
+        metavar="ADDR",
+        field="bind_ip4",
+    ),
+    Option(
+        "bind-ip6-addr",
+        "BIND_IP6_ADDR",
+        _ipv6,
+        "IPv6 address to listen on",
+        ADDRESSES,
+        default="::",
+        metavar="ADDR",
+        field="bind_ip6",
+    ),
+    Option(
+        "listen-port",
+        "LISTEN_PORT",
+        _port,
+        "UDP port for clients",
+        ADDRESSES,
+        default="3478",
+        metavar="PORT",
+        field="listen_port",
+    ),
+    Option(
+        "lowest-port",
+        "LOWEST_PORT",
+        _port,
+        "first port of the range for allocations",
+        ADDRESSES,
+        default="49152",
+        metavar="PORT",
+        field="lowest_port",
+    ),
+    Option(
+        "highest-port",
+        "HIGHEST_PORT",
+        _port,
+        "last port of that range, included",
+        ADDRESSES,
+        default="65535",
+        metavar="PORT",
+        field="highest_port",
+    ),
+    Option(
+        "relay-secret-file",
+        "RELAY_SECRET_FILE",
+        _secret_file,
+        "file with a fixed secret, so that credentials outlive a restart "
+        "(default: a new secret at every start)",
+        CREDENTIALS,
+        metavar="FILE",
+        field="relay_secret",
+    ),
+    Option(
+        "allow-peer",
+        "ALLOW_PEER",
+        _cidrs,
+        "let clients reach peers in this prefix, though it is not public; repeatable",
+        PEERS,
+        metavar="CIDR",
+        field="allow_peers",
+        repeatable=True,
+    ),
+    Option(
+        "deny-peer",
+        "DENY_PEER",
+        _cidrs,
+        "do not let clients reach peers in this prefix; the longest prefix wins; repeatable",
+        PEERS,
+        metavar="CIDR",
+        field="deny_peers",
+        repeatable=True,
+    ),
+    Option(
+        "one-allocation-per-username",
+        "ONE_ALLOCATION_PER_USERNAME",
+        _switch,
+        "an Allocate ends what the same username holds on another socket",
+        PEERS,
+        default="false",
+        field="one_allocation_per_username",
+    ),
+    Option(
+        "max-allocations",
+        "MAX_ALLOCATIONS",
+        _number(1, None, "a number from 1 up"),
+        "most allocations at a time (default: what ports and descriptors allow)",
+        PEERS,
+        metavar="NUMBER",
+        field="max_allocations",
+    ),
+    Option(
+        "channel-range",
+        "CHANNEL_RANGE",
+        _choice(rfc8656=RFC8656_NUMBERS, rfc5766=RFC5766_NUMBERS),
+        "channel numbers: rfc8656 (0x4000-0x4FFF), or rfc5766 (0x4000-0x7FFF) for older clients",
+        OPERATION,
+        default="rfc8656",
+        metavar="RFC",
+        field="channel_numbers",
+    ),
+    Option(
+        "log-format",
+        "LOG_FORMAT",
+        _choice(**{name: name for name in FORMATS}),
+        "human or json",
+        OPERATION,
+        default="human",
+        metavar="FORMAT",
+    ),
+    Option(
+        "log-level",
+        "LOG_LEVEL",
+        _log_levels,
+        "debug, info, warning or error; per logger: info,relay.turn=debug",
+        OPERATION,
+        default="info",
+        metavar="LEVELS",
+    ),
+    Option(
+        "drain-timeout",
+        "DRAIN_TIMEOUT",
+        _number(0, 86400, "a number of seconds, at most 86400"),
+        "how long to go on relaying after SIGTERM",
+        OPERATION,
+        default="30",
+        metavar="SECONDS",
+        field="drain_timeout",
+    ),
+    Option(
+        "software",
+        "SOFTWARE",
+        _software,
+        "text of a SOFTWARE attribute in every answer",
+        OPERATION,
+        metavar="TEXT",
+        field="software",
+    ),
+    Option(
+        "rng-seed",
+        "RNG_SEED",
+        _number(0, None, "a number"),
+        "make everything random predictable, for tests",
+        OPERATION,
+        metavar="NUMBER",
+        field="rng_seed",
+    ),
+)
