@@ -1,0 +1,141 @@
+"""The relay as a process of its own, on loopback: what an operator starts and signals."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+SECRET = "4c98bf59c99b3e467ecd7cf9d6b3e5279645fca59be67bc5bb4af3cf653761ab"
+CHECKOUT = Path(__file__).parent.parent
+LOOPBACK = (
+    "--public-ip4-addr=127.0.0.1",
+    "--public-ip6-addr=::1",
+    "--allow-peer=127.0.0.0/8,::1/128",
+)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return a clean environment: none of the relay's own variables are inherited."""
+    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+    return {**kept, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1", **more}
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, and return its exit code and what it printed."""
+    return subprocess.run(
+        [sys.executable, "-m", "relay", *arguments],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+class RelayProcess:
+    """A running relay. Entering waits until it says that it serves; leaving ends it.
+
+    ``port`` is the listening port, ``username`` and ``password`` the credential that it
+    printed. *prefix* may hold a command that runs it elsewhere, such as ``ip netns exec``.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        port: int,
+        prefix: tuple[str, ...] = (),
+        loopback: bool = True,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        self.port = port
+        self.username = self.password = ""
+        self.welcome: list[str] = []  # what it printed before it was ready
+        self._errors = ""
+        self._command = [
+            *prefix,
+            sys.executable,
+            "-m",
+            "relay",
+            f"--listen-port={port}",
+            *(LOOPBACK if loopback else ()),
+            *arguments,
+        ]
+        self._environment = environment(**(variables or {}))
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            self._command,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in _pipe(self.process.stdout):
+            self.welcome.append(line.rstrip("\n"))
+            name, _, value = line.partition(":")
+            if name == "username":
+                self.username = value.strip()
+            elif name == "credential":
+                self.password = value.strip()
+            if line.startswith("(good until"):
+                return self
+        self._errors = _pipe(self.process.stderr).read()
+        raise AssertionError(f"the relay did not start: {self._errors}")
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGCONT)
+                self.process.send_signal(signal.SIGTERM)
+                self.process.send_signal(signal.SIGINT)  # a second signal ends it at once
+        self.wait()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait(self) -> int:
+        """Wait for the end and return the exit code; errors() then has the whole log."""
+        try:
+            _, errors = self.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            _, errors = self.process.communicate()
+            raise
+        except ValueError:  # communicated before
+            errors = ""
+        self._errors += errors or ""
+        return self.process.returncode
+
+    def errors(self) -> str:
+        """Return what it logged. Only after its end."""
+        return self._errors
+
+
+def free_port() -> int:
+    """Return a UDP port that is free in both families, outside the usual relay range."""
+    for port in random.sample(range(20000, 30000), 100):
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind(("::", port))  # dual-stack: takes IPv4 with it
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free port")
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe

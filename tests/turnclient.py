@@ -1,0 +1,131 @@
+"""A TURN client on a real socket, for tests. It waits for answers, and never sleeps."""
+
+import os
+import socket
+from types import TracebackType
+from typing import Any, Self
+
+from relay.stun.address import Address
+from relay.stun.attributes import Attr, Attribute
+from relay.stun.const import UDP_PROTOCOL, Family, Kind, Method
+from relay.stun.integrity import long_term_key
+from relay.stun.message import Message, decode
+from relay.turn import channeldata
+from relay.turn.auth import REALM
+
+TIMEOUT = 10.0  # seconds; only a failing test waits for so long
+
+
+class TurnError(Exception):
+    """An error response."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class TurnClient:
+    """One client, on a socket of its own."""
+
+    def __init__(self, server: Address, username: str, password: str, *, bind: str = "") -> None:
+        family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
+        self.socket = socket.socket(family, socket.SOCK_DGRAM)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        if bind:
+            self.socket.bind((bind, 0))
+        self.socket.connect(server)
+        self.socket.settimeout(TIMEOUT)
+        self._username = username
+        self._key = long_term_key(username, REALM, password)
+        self._nonce = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.socket.close()
+
+    @property
+    def address(self) -> Address:
+        host, port = self.socket.getsockname()[:2]
+        return host, port
+
+    def maps(self) -> Address:
+        """Ask for the own address by a Binding request."""
+        mapped = self._exchange(Method.BINDING, []).get(Attr.XOR_MAPPED_ADDRESS)
+        assert mapped is not None
+        return mapped
+
+    def allocates(self, family: Family | None = None, lifetime: int | None = None) -> Address:
+        """Allocate and return the relayed address. Raises TurnError."""
+        attributes: list[tuple[Attribute[Any], Any]] = [(Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL)]
+        if family is not None:
+            attributes.append((Attr.REQUESTED_ADDRESS_FAMILY, family))
+        if lifetime is not None:
+            attributes.append((Attr.LIFETIME, lifetime))
+        relayed = self.request(Method.ALLOCATE, *attributes).get(Attr.XOR_RELAYED_ADDRESS)
+        assert relayed is not None
+        return relayed
+
+    def refreshes(self, lifetime: int) -> None:
+        """Refresh. Raises TurnError."""
+        self.request(Method.REFRESH, (Attr.LIFETIME, lifetime))
+
+    def binds(self, number: int, peer: Address) -> None:
+        """Bind a channel. Raises TurnError."""
+        self.request(
+            Method.CHANNEL_BIND, (Attr.CHANNEL_NUMBER, number), (Attr.XOR_PEER_ADDRESS, peer)
+        )
+
+    def request(self, method: Method, *attributes: tuple[Attribute[Any], Any]) -> Message:
+        """Send an authenticated request, again after a first 401 or 438. Raises TurnError."""
+        while True:
+            credentials: list[tuple[Attribute[Any], Any]] = [
+                (Attr.USERNAME, self._username),
+                (Attr.REALM, REALM),
+                (Attr.NONCE, self._nonce),
+            ]
+            signed = self._nonce != b""
+            answer = self._exchange(
+                method,
+                [*attributes, *(credentials if signed else [])],
+                self._key if signed else None,
+            )
+            if answer.kind is Kind.SUCCESS:
+                return answer
+            code, _ = answer.get(Attr.ERROR_CODE) or (0, "")
+            nonce = answer.get(Attr.NONCE)
+            if nonce is None or code not in {401, 438} or (code == 401 and signed):
+                raise TurnError(code)
+            self._nonce = nonce
+
+    def sends(self, number: int, payload: bytes) -> None:
+        """Send ChannelData."""
+        self.socket.send(channeldata.HEADER.pack(number, len(payload)) + payload)
+
+    def receives(self) -> tuple[int, bytes]:
+        """Wait for ChannelData: its number and payload. The frame must not be padded."""
+        datagram = self.socket.recv(65536)
+        number, length = channeldata.HEADER.unpack_from(datagram)
+        assert len(datagram) == channeldata.HEADER_SIZE + length
+        return number, datagram[channeldata.HEADER_SIZE :]
+
+    def _exchange(
+        self,
+        method: Method,
+        attributes: list[tuple[Attribute[Any], Any]],
+        key: bytes | None = None,
+    ) -> Message:
+        request = Message(Kind.REQUEST, method, os.urandom(12), attributes)
+        self.socket.send(request.encode(key))
+        while True:  # data may come in between
+            datagram = self.socket.recv(65536)
+            if datagram[0] <= 0x03:
+                answer = decode(datagram).message
+                if answer.transaction_id == request.transaction_id:
+                    return answer
