@@ -176,7 +176,9 @@ class Attr:
     DATA = Attribute(0x0013, "DATA", _octets())
     REALM = Attribute(0x0014, "REALM", _text(763))
     NONCE = Attribute(0x0015, "NONCE", _octets())
-    XOR_RELAYED_ADDRESS = Attribute(0x0016, "XOR-RELAYED-ADDRESS", _address(xored=True))
+    XOR_RELAYED_ADDRESS = Attribute(
+        0x0016, "XOR-RELAYED-ADDRESS", _address(xored=True), repeatable=True
+    )
     REQUESTED_ADDRESS_FAMILY = Attribute(0x0017, "REQUESTED-ADDRESS-FAMILY", _family())
     REQUESTED_TRANSPORT = Attribute(0x0019, "REQUESTED-TRANSPORT", _number("!Bxxx"))
     XOR_MAPPED_ADDRESS = Attribute(0x0020, "XOR-MAPPED-ADDRESS", _address(xored=True))

@@ -77,8 +77,8 @@ class Received:
 def decode(datagram: bytes) -> Received:
     """Read a datagram that should be STUN. Bytes after the message are ignored.
 
-    The first occurrence of an attribute counts (of all but XOR-PEER-ADDRESS), and what
-    follows MESSAGE-INTEGRITY is ignored, FINGERPRINT aside (RFC 8489 §14, §14.5).
+    The first occurrence of an attribute counts, unless its row says that it is repeatable;
+    what follows MESSAGE-INTEGRITY is ignored, FINGERPRINT aside (RFC 8489 §14, §14.5).
 
     Raises DecodeError if it is no STUN message, WrongFingerprint if its FINGERPRINT
     does not match. A bad value within a sound frame raises nothing: the sender of such

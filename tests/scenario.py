@@ -1,0 +1,399 @@
+"""The vocabulary of the scenarios: clients, peers, and time that the test lets pass.
+
+A :class:`Scenario` is the real server and the real forwarder between sockets that only
+remember what was sent. A test reads like a sequence diagram::
+
+    alice = relay.client("192.0.2.10:5000").allocates()
+    bob = relay.peer("198.51.100.7:9000")
+    alice.binds(0x4001, bob)
+
+    bob.sends(b"pong", to=alice.relayed_address)
+    assert relay.sent() == [to(alice, channel_data(0x4001, b"pong"))]
+"""
+
+import errno
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+from relay.forwarder import LARGEST_DATAGRAM, Forwarder
+from relay.metrics import Counters
+from relay.stun import integrity
+from relay.stun.address import Address, family_of
+from relay.stun.attributes import Attr, Attribute
+from relay.stun.const import UDP_PROTOCOL, Family, Kind, Method
+from relay.stun.message import Message, Received, decode
+from relay.timerwheel import TimerWheel
+from relay.turn.auth import REALM, Authenticator, mint
+from relay.turn.channeldata import HEADER, HEADER_SIZE, RFC8656_NUMBERS
+from relay.turn.commands import ClientAddress, PeerAddress
+from relay.turn.peers import PeerPolicy
+from relay.turn.server import Server, Settings
+
+T = TypeVar("T")
+
+SECRET = "4c98bf59c99b3e467ecd7cf9d6b3e5279645fca59be67bc5bb4af3cf653761ab"
+PUBLIC_IP4, PUBLIC_IP6 = "192.0.2.1", "2001:db8::1"
+LISTEN_PORT = 3478
+START = 1000.25  # monotonic seconds when the relay starts
+UNIX_START = 1_700_000_000.0
+DOCUMENTATION = ("192.0.2.0/24", "198.51.100.0/24", "2001:db8::/32")
+FOREVER = 2**64 - 1  # an expiry
+
+
+class Scenario:
+    """A relay, and everyone who talks to it."""
+
+    def __init__(
+        self,
+        *,
+        families: Iterable[Family] = Family,
+        ports: range = range(49152, 65536),
+        max_allocations: int = 100_000,
+        channel_numbers: range = RFC8656_NUMBERS,
+        one_allocation_per_username: bool = False,
+        allow_peers: Iterable[str] = DOCUMENTATION,
+        deny_peers: Iterable[str] = (),
+        software: str | None = None,
+    ) -> None:
+        both = {Family.IPV4: PUBLIC_IP4, Family.IPV6: PUBLIC_IP6}
+        public_hosts = {family: both[family] for family in families}
+        self.public_hosts = public_hosts
+        self.time = Time()
+        self.network = Network()
+        self.counters = Counters()
+        rng = random.Random(1)
+        self.server = Server(
+            Settings(
+                public_hosts=public_hosts,
+                ports=ports,
+                listen_port=LISTEN_PORT,
+                max_allocations=max_allocations,
+                channel_numbers=channel_numbers,
+                one_allocation_per_username=one_allocation_per_username,
+                software=software,
+            ),
+            authenticator=Authenticator(SECRET, rng.randbytes(32)),
+            peer_policy=PeerPolicy(
+                allow_peers, deny_peers, [(host, LISTEN_PORT) for host in both.values()]
+            ),
+            randbelow=rng.randrange,
+            now=self.time.now,
+        )
+        self._buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
+        self.forwarder = Forwarder(
+            self.server,
+            buffer=self._buffer,
+            listeners=dict.fromkeys(Family, self.network),
+            open_port=self.network.open_port,
+            public_hosts=public_hosts,
+            channel_numbers=channel_numbers,
+            timers=self.time,
+            unix_clock=lambda: self.time.now - START + UNIX_START,
+            counters=self.counters,
+        )
+
+    def client(self, address: str, user: str = "") -> "Client":
+        """A client with credentials of its own, or of *user*, that never expire."""
+        return Client(self, parse(address), user or address)
+
+    def peer(self, address: str) -> "Peer":
+        return Peer(self, PeerAddress(parse(address)))
+
+    def passes(self, seconds: float) -> None:
+        """Let time pass, stopping at each deadline on the way."""
+        self.time.passes(seconds)
+        self.server.check()
+
+    def sent(self) -> list["ToClient | ToPeer"]:
+        """What the relay sent since the last time this was asked."""
+        sent, self.network.sent = self.network.sent, []
+        return sent
+
+    def dropped(self) -> dict[str, int]:
+        """What the relay dropped since the last time this was asked, by reason."""
+        dropped, self.counters.dropped = dict(self.counters.dropped), Counter()
+        return dropped
+
+    def receives_from_client(self, datagram: bytes, client: ClientAddress) -> None:
+        self._buffer[: len(datagram)] = datagram
+        self.forwarder.on_client_datagram(len(datagram), client)
+        self.server.check()
+
+    def receives_from_peer(self, datagram: bytes, peer: PeerAddress, to: Address) -> None:
+        host, port = to
+        assert host in self.public_hosts.values()
+        sock = self.network.sockets.get((family_of(host), port))
+        if sock is not None:  # else the kernel has nobody to give it to
+            self._buffer[HEADER_SIZE : HEADER_SIZE + len(datagram)] = datagram
+            sock.on_datagram(len(datagram), peer)
+
+    def drain(self) -> None:
+        self.server.drain()
+
+
+class Client:
+    """A TURN client: asks, and hears the answers at once."""
+
+    def __init__(self, relay: Scenario, address: Address, user: str) -> None:
+        self._relay = relay
+        host, port = address
+        self.host_and_port = address
+        full = address if family_of(host) is Family.IPV4 else (host, port, 0, 0)
+        self.address = ClientAddress((full, b""))
+        self.username, self.password = mint(FOREVER, user, SECRET)
+        self._nonce: bytes | None = None
+        self.relayed_addresses: list[Address] = []
+
+    @property
+    def relayed_address(self) -> Address:
+        return self.relayed_addresses[0]
+
+    @property
+    def key(self) -> bytes:
+        return integrity.long_term_key(self.username, REALM, self.password)
+
+    @property
+    def nonce(self) -> bytes:
+        """The nonce of the first 401, which is asked for when it is needed."""
+        if self._nonce is None:
+            nonce = self.hears(request(Method.ALLOCATE).encode()).get(Attr.NONCE)
+            assert nonce is not None
+            self._nonce = nonce
+        return self._nonce
+
+    def allocates(self, *attributes: "Value", lifetime: int | None = None) -> Self:
+        """Allocate, successfully."""
+        if lifetime is not None:
+            attributes = (*attributes, (Attr.LIFETIME, lifetime))
+        answer = self.asks(Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL), *attributes)
+        assert answer.code is None, answer
+        self.relayed_addresses = answer.get_all(Attr.XOR_RELAYED_ADDRESS)
+        return self
+
+    def refreshes(self, lifetime: int | None = None) -> "Answer":
+        attributes = () if lifetime is None else ((Attr.LIFETIME, lifetime),)
+        return self.asks(Method.REFRESH, *attributes)
+
+    def binds(self, number: int, peer: "Peer | Address") -> Self:
+        """Bind a channel, successfully."""
+        answer = self.tries_to_bind(number, peer)
+        assert answer.code is None, answer
+        return self
+
+    def tries_to_bind(self, number: int, peer: "Peer | Address") -> "Answer":
+        address = peer.address if isinstance(peer, Peer) else peer
+        return self.asks(
+            Method.CHANNEL_BIND, (Attr.CHANNEL_NUMBER, number), (Attr.XOR_PEER_ADDRESS, address)
+        )
+
+    def asks(
+        self, method: int, *attributes: "Value", transaction_id: bytes | None = None
+    ) -> "Answer":
+        """Send an authenticated request; with a new nonce, if the old one has gone stale."""
+        answer = self.hears(self.signed(method, *attributes, transaction_id=transaction_id))
+        if answer.code == 438:
+            self._nonce = answer.get(Attr.NONCE)
+            answer = self.hears(self.signed(method, *attributes, transaction_id=transaction_id))
+        return answer
+
+    def signed(
+        self, method: int, *attributes: "Value", transaction_id: bytes | None = None
+    ) -> bytes:
+        """An authenticated request, as this client would send it now."""
+        credentials: list[Value] = [
+            (Attr.USERNAME, self.username),
+            (Attr.REALM, REALM),
+            (Attr.NONCE, self.nonce),
+        ]
+        message = request(method, *attributes, *credentials, transaction_id=transaction_id)
+        return message.encode(self.key)
+
+    def hears(self, datagram: bytes) -> "Answer":
+        """Send a datagram that the relay answers with exactly one message, to this client."""
+        before = self._relay.sent()
+        self.sends(datagram)
+        sent = self._relay.sent()
+        assert len(sent) == 1, sent
+        assert isinstance(sent[0], ToClient)
+        assert sent[0].client == self.address
+        self._relay.network.sent = before
+        return Answer(sent[0].datagram, self.key)
+
+    def sends(self, datagram: bytes) -> None:
+        """Send a datagram."""
+        self._relay.receives_from_client(datagram, self.address)
+
+    def sends_data(self, number: int, payload: bytes, padding: bytes = b"") -> None:
+        self.sends(channel_data(number, payload) + padding)
+
+
+class Peer:
+    """Someone out there, who knows nothing of TURN."""
+
+    def __init__(self, relay: Scenario, address: PeerAddress) -> None:
+        self._relay = relay
+        self.address = address
+
+    def sends(self, payload: bytes, to: Address) -> None:
+        self._relay.receives_from_peer(payload, self.address, to)
+
+
+class Answer:
+    """A response, and whether it is signed with the key of the client that asked."""
+
+    def __init__(self, datagram: bytes, key: bytes) -> None:
+        self.datagram = datagram
+        self.received: Received = decode(datagram)
+        assert self.received.undecodable is None
+        assert self.received.message.kind in {Kind.SUCCESS, Kind.ERROR}
+        self._key = key
+
+    def __repr__(self) -> str:
+        return f"{self.received.message}"
+
+    @property
+    def code(self) -> int | None:
+        """The error code, or None for a success."""
+        error = self.get(Attr.ERROR_CODE)
+        return None if error is None else error[0]
+
+    @property
+    def signed(self) -> bool:
+        offset = self.received.integrity_offset
+        return offset is not None and integrity.verify(self.datagram, offset, self._key)
+
+    @property
+    def attributes(self) -> set[Attribute[Any]]:
+        return {attribute for attribute, _ in self.received.message.attributes}
+
+    def get(self, attribute: Attribute[T]) -> T | None:
+        return self.received.message.get(attribute)
+
+    def get_all(self, attribute: Attribute[T]) -> list[T]:
+        return self.received.message.get_all(attribute)
+
+
+Value = tuple[Attribute[Any], Any]
+
+
+def request(method: int, *attributes: Value, transaction_id: bytes | None = None) -> Message:
+    """A request, with a transaction id that no other has unless one is given."""
+    return Message(Kind.REQUEST, method, transaction_id or _next_id(), list(attributes))
+
+
+def channel_data(number: int, payload: bytes) -> bytes:
+    return HEADER.pack(number, len(payload)) + payload
+
+
+def to(client: Client, datagram: bytes) -> "ToClient":
+    return ToClient(client.address, datagram)
+
+
+def parse(address: str) -> Address:
+    """Read ``192.0.2.1:3478`` or ``[2001:db8::1]:3478``."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+@dataclass(frozen=True)
+class ToClient:
+    """A datagram that the relay sent to a client from the listening socket."""
+
+    client: ClientAddress
+    datagram: bytes
+
+
+@dataclass(frozen=True)
+class ToPeer:
+    """A datagram that the relay sent to a peer from a relay port."""
+
+    port: int
+    peer: Address
+    payload: bytes
+
+
+def relayed(client: Client, peer: Peer, payload: bytes) -> ToPeer:
+    """A datagram to *peer* from the relay port of *client*."""
+    return ToPeer(client.relayed_address[1], peer.address, payload)
+
+
+class Time:
+    """The reactor's clock and timers, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = START
+        self.clock: Callable[[], float] = lambda: self.now
+        self._timers: TimerWheel[Callable[[], None]] = TimerWheel(START)
+
+    def call_at(self, deadline: float, callback: Callable[[], None]) -> None:
+        self._timers.schedule(callback, deadline)
+
+    def cancel(self, callback: Callable[[], None]) -> None:
+        self._timers.cancel(callback)
+
+    def passes(self, seconds: float) -> None:
+        end = self.now + seconds
+        while (deadline := self._timers.next_deadline) is not None and deadline <= end:
+            self.now = max(self.now, deadline)
+            for callback in self._timers.advance(self.now):
+                callback()
+        self.now = end
+
+
+class Network:
+    """Listening socket and relay ports that remember what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[ToClient | ToPeer] = []
+        self.sockets: dict[tuple[Family, int], FakeSocket] = {}
+        self.opened: list[int] = []  # every port ever opened, in order
+        self.occupied: set[tuple[Family, int]] = set()  # held by other processes
+        self.failure: int | None = None  # an errno with which every open fails
+
+    def send(self, datagram: memoryview | bytes, to: ClientAddress) -> None:
+        self.sent.append(ToClient(to, bytes(datagram)))
+
+    def open_port(
+        self, family: Family, port: int, on_datagram: Callable[[int, PeerAddress], None]
+    ) -> "FakeSocket":
+        if self.failure is not None:
+            raise OSError(self.failure, "as the test wants it")
+        if (family, port) in self.occupied or (family, port) in self.sockets:
+            raise OSError(errno.EADDRINUSE, "Address already in use")
+        sock = self.sockets[family, port] = FakeSocket(self, family, port, on_datagram)
+        self.opened.append(port)
+        return sock
+
+
+class FakeSocket:
+    """One relay port in one family."""
+
+    def __init__(
+        self,
+        network: Network,
+        family: Family,
+        port: int,
+        on_datagram: Callable[[int, PeerAddress], None],
+    ) -> None:
+        self._network = network
+        self._family = family
+        self._port = port
+        self.on_datagram = on_datagram
+
+    def send(self, datagram: memoryview, to: PeerAddress) -> None:
+        assert family_of(to[0]) is self._family
+        assert self._network.sockets[self._family, self._port] is self
+        self._network.sent.append(ToPeer(self._port, to, bytes(datagram)))
+
+    def close(self) -> None:
+        assert self._network.sockets.pop((self._family, self._port)) is self
+
+
+_ids = iter(range(1, 1 << 62))
+
+
+def _next_id() -> bytes:
+    return next(_ids).to_bytes(12, "big")

@@ -1,0 +1,187 @@
+"""What a datagram is, and the Binding method. RFC 8489 §6.3, RFC 8656 §12."""
+
+import pytest
+
+from relay.stun.attributes import Attr, Attribute, Coding
+from relay.stun.const import Kind, Method
+from relay.stun.message import Message
+from relay.turn.channeldata import RFC5766_NUMBERS
+from relay.turn.commands import ClientAddress
+from tests.scenario import Scenario, channel_data, request
+
+
+def test_binding_tells_the_client_its_own_address(relay: Scenario) -> None:
+    answer = relay.client("192.0.2.10:5000").hears(request(Method.BINDING).encode())
+
+    assert answer.code is None
+    assert answer.get(Attr.XOR_MAPPED_ADDRESS) == ("192.0.2.10", 5000)
+    assert answer.attributes == {Attr.XOR_MAPPED_ADDRESS}
+    assert not answer.signed
+
+
+def test_binding_over_ipv6(relay: Scenario) -> None:
+    answer = relay.client("[2001:db8::10]:5000").hears(request(Method.BINDING).encode())
+
+    assert answer.get(Attr.XOR_MAPPED_ADDRESS) == ("2001:db8::10", 5000)
+
+
+def test_the_answer_repeats_method_and_transaction_id(relay: Scenario) -> None:
+    answer = relay.client("192.0.2.10:5000").hears(
+        request(Method.BINDING, transaction_id=b"twelve bytes").encode()
+    )
+
+    assert answer.received.message.method == Method.BINDING
+    assert answer.received.message.transaction_id == b"twelve bytes"
+
+
+def test_binding_needs_no_valid_credentials(relay: Scenario) -> None:
+    message = request(Method.BINDING, (Attr.USERNAME, "someone"), (Attr.REALM, "elsewhere"))
+    answer = relay.client("192.0.2.10:5000").hears(message.encode(b"not the key"))
+
+    assert answer.code is None
+    assert not answer.signed
+
+
+def test_a_request_with_a_fingerprint_gets_one_in_its_answer(relay: Scenario) -> None:
+    alice = relay.client("192.0.2.10:5000")
+
+    assert alice.hears(request(Method.BINDING).encode(fingerprinted=True)).received.fingerprinted
+    assert alice.hears(request(Method.REFRESH).encode(fingerprinted=True)).received.fingerprinted
+    assert not alice.hears(request(Method.BINDING).encode()).received.fingerprinted
+
+
+def test_software_is_named_only_when_configured(relay: Scenario) -> None:
+    proud = Scenario(software="a relay")
+    for method in (Method.BINDING, Method.ALLOCATE):
+        bare = request(method).encode()
+        assert relay.client("192.0.2.10:5000").hears(bare).get(Attr.SOFTWARE) is None
+        assert proud.client("192.0.2.10:5000").hears(bare).get(Attr.SOFTWARE) == "a relay"
+
+
+_NO_STUN = request(Method.BINDING).encode()
+
+
+@pytest.mark.parametrize(
+    ("datagram", "reason"),
+    [
+        pytest.param(b"", "unknown_protocol", id="empty"),
+        pytest.param(b"\x04" + bytes(40), "unknown_protocol", id="first byte 0x04"),
+        pytest.param(b"\x3f" + bytes(40), "unknown_protocol", id="first byte 0x3f"),
+        pytest.param(b"\x50" + bytes(40), "unknown_protocol", id="first byte 0x50"),
+        pytest.param(b"\x7f" + bytes(40), "unknown_protocol", id="first byte 0x7f"),
+        pytest.param(b"\x80" + bytes(40), "unknown_protocol", id="first byte 0x80"),
+        pytest.param(b"\xff" * 40, "unknown_protocol", id="first byte 0xff"),
+        pytest.param(b"\x00", "malformed_stun", id="one byte of STUN"),
+        pytest.param(_NO_STUN[:19], "malformed_stun", id="no whole header"),
+        pytest.param(b"\x00\x01" + bytes(18), "malformed_stun", id="no magic cookie"),
+        pytest.param(
+            _NO_STUN[:2] + b"\x00\x04" + _NO_STUN[4:], "malformed_stun", id="length beyond the end"
+        ),
+        pytest.param(
+            _NO_STUN[:2] + b"\x00\x02" + _NO_STUN[4:] + b"??",
+            "malformed_stun",
+            id="length not a multiple of four",
+        ),
+        pytest.param(
+            request(Method.BINDING).encode(fingerprinted=True)[:-1] + b"?",
+            "wrong_fingerprint",
+            id="wrong fingerprint",
+        ),
+        pytest.param(b"\x40", "malformed_channel_data", id="one byte of ChannelData"),
+        pytest.param(b"\x40\x00\x00", "malformed_channel_data", id="three bytes of ChannelData"),
+        pytest.param(b"\x40\x00\x00\x03hi", "malformed_channel_data", id="truncated payload"),
+        pytest.param(channel_data(0x4000, b"hi"), "unbound_channel", id="channel not bound"),
+    ],
+)
+def test_what_is_no_request_is_dropped_and_counted(
+    relay: Scenario, datagram: bytes, reason: str
+) -> None:
+    relay.client("192.0.2.10:5000").sends(datagram)
+
+    assert relay.sent() == []
+    assert relay.dropped() == {reason: 1}
+
+
+@pytest.mark.parametrize("kind", [Kind.INDICATION, Kind.SUCCESS, Kind.ERROR], ids=str)
+@pytest.mark.parametrize("method", [*Method, 0x00A, 0x0FF])
+def test_only_requests_are_answered(relay: Scenario, kind: Kind, method: int) -> None:
+    message = Message(kind, method, b"twelve bytes", [(Attr.CHANNEL_NUMBER, 1)])
+    relay.client("192.0.2.10:5000").sends(message.encode())
+
+    assert relay.sent() == []
+    assert relay.dropped() == {"not_a_request": 1}
+
+
+def test_bytes_after_the_message_are_ignored(relay: Scenario) -> None:
+    answer = relay.client("192.0.2.10:5000").hears(request(Method.BINDING).encode() + b"junk!")
+
+    assert answer.code is None
+
+
+def test_nothing_is_answered_to_source_port_zero(relay: Scenario) -> None:
+    nobody = ClientAddress((("192.0.2.10", 0), b""))
+    relay.receives_from_client(request(Method.BINDING).encode(), nobody)
+
+    assert relay.sent() == []
+    assert relay.dropped() == {"source_port_zero": 1}
+
+
+@pytest.mark.parametrize("method", [0x002, Method.SEND, Method.DATA, 0x00A, 0x0FF])
+def test_another_method_is_a_bad_request_to_anyone(relay: Scenario, method: int) -> None:
+    answer = relay.client("192.0.2.10:5000").hears(request(method).encode())
+
+    assert answer.code == 400
+    assert answer.attributes == {Attr.ERROR_CODE}
+
+
+def _raw(attribute_type: int) -> Attribute[bytes]:
+    """An attribute with any bytes as its value."""
+    return Attribute(attribute_type, "raw", Coding(lambda v, _: v, lambda v, _: v))
+
+
+@pytest.mark.parametrize("method", [Method.BINDING, Method.ALLOCATE, Method.CHANNEL_BIND])
+@pytest.mark.parametrize(
+    ("attribute_type", "value"),
+    [
+        pytest.param(0x0006, b"\xff", id="USERNAME is not UTF-8"),
+        pytest.param(0x0006, bytes(509), id="USERNAME too long"),
+        pytest.param(0x000C, b"\x3f\xff\0\0", id="CHANNEL-NUMBER below the range"),
+        pytest.param(0x000C, b"\x50\x00\0\0", id="CHANNEL-NUMBER above the range"),
+        pytest.param(0x000C, b"\x40\x00", id="CHANNEL-NUMBER of two bytes"),
+        pytest.param(0x000D, b"\0\0", id="LIFETIME of two bytes"),
+        pytest.param(0x0012, b"\0\x03\0\0\0\0\0\0", id="XOR-PEER-ADDRESS of unknown family"),
+        pytest.param(0x0012, b"\0\x01\0\0\0\0\0", id="XOR-PEER-ADDRESS of seven bytes"),
+        pytest.param(0x0012, b"\0\x02\0\0\0\0\0\0", id="IPv6 in four bytes"),
+        pytest.param(0x0017, b"\x03\0\0\0", id="REQUESTED-ADDRESS-FAMILY unknown"),
+        pytest.param(0x0019, b"\x11", id="REQUESTED-TRANSPORT of one byte"),
+        pytest.param(0x8000, b"\x00\0\0\0", id="ADDITIONAL-ADDRESS-FAMILY unknown"),
+        pytest.param(0x0008, bytes(19), id="MESSAGE-INTEGRITY of 19 bytes"),
+    ],
+)
+def test_an_attribute_that_makes_no_sense_is_a_bad_request(
+    relay: Scenario, method: Method, attribute_type: int, value: bytes
+) -> None:
+    answer = relay.client("192.0.2.10:5000").hears(
+        request(method, (_raw(attribute_type), value)).encode()
+    )
+
+    assert answer.code == 400
+
+
+def test_unknown_attributes_of_a_binding_are_named(relay: Scenario) -> None:
+    message = request(
+        Method.BINDING, (_raw(0x0003), b""), (_raw(0x7FFF), b"x"), (_raw(0x8FFF), b"optional")
+    )
+    answer = relay.client("192.0.2.10:5000").hears(message.encode())
+
+    assert answer.code == 420
+    assert answer.get(Attr.UNKNOWN_ATTRIBUTES) == (0x0003, 0x7FFF)
+
+
+def test_the_older_channel_range_widens_what_counts_as_channel_data() -> None:
+    relay = Scenario(channel_numbers=RFC5766_NUMBERS)
+    relay.client("192.0.2.10:5000").sends(channel_data(0x7FFF, b"hi"))
+    assert relay.dropped() == {"unbound_channel": 1}
+
+    relay.client("192.0.2.10:5000").sends(b"\x80\x00\x00\x00")
+    assert relay.dropped() == {"unknown_protocol": 1}

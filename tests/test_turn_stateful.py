@@ -1,0 +1,188 @@
+"""Clients, peers and time in any order, against a model that fits on a page.
+
+The model knows when each allocation and channel ends, and nothing of tables, timers or
+sockets. After every step relay and model must agree on what is relayed and on which ports
+are open; at the end time passes, and nothing may be left.
+"""
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from relay.stun.attributes import Attr
+from relay.stun.const import UDP_PROTOCOL, Method
+from tests.scenario import Client, Peer, Scenario, ToClient, channel_data, relayed, to
+
+CLIENTS = [f"192.0.2.10:{port}" for port in (5000, 5001, 5002)]
+USERS = ["alice", "bob"]
+PEERS = [f"198.51.100.7:{port}" for port in (9000, 9001)]
+NUMBERS = [0x4000, 0x4001]
+PORTS = range(50000, 50004)  # with takeover off, one more than there are clients
+
+
+@dataclass
+class ModelChannel:
+    peer: str
+    bound_until: float
+    reserved_until: float
+
+
+@dataclass
+class ModelAllocation:
+    user: str
+    ends: float
+    channels: dict[int, ModelChannel] = field(default_factory=dict)
+
+
+class Model:
+    """Who may relay what to whom, by the book."""
+
+    def __init__(self, takeover: bool) -> None:
+        self.now = 0.0
+        self.takeover = takeover
+        self.allocations: dict[str, ModelAllocation] = {}
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.allocations = {c: a for c, a in self.allocations.items() if a.ends > self.now}
+        for allocation in self.allocations.values():
+            allocation.channels = {
+                n: c for n, c in allocation.channels.items() if c.reserved_until > self.now
+            }
+
+    def allocates(self, client: str, user: str, lifetime: int) -> int | None:
+        if client in self.allocations:
+            return 437
+        if self.takeover:
+            self.allocations = {c: a for c, a in self.allocations.items() if a.user != user}
+        self.allocations[client] = ModelAllocation(user, self.now + lifetime)
+        return None
+
+    def refreshes(self, client: str, user: str, lifetime: int) -> int | None:
+        code = self._rejects(client, user)
+        if code is None:
+            self.allocations[client].ends = self.now + lifetime
+            self.passes(0)
+        return code
+
+    def binds(self, client: str, user: str, number: int, peer: str) -> int | None:
+        code = self._rejects(client, user)
+        if code is not None:
+            return code
+        channels = self.allocations[client].channels
+        if number in channels and channels[number].peer != peer:
+            return 400
+        if any(c.peer == peer and n != number for n, c in channels.items()):
+            return 400
+        channels[number] = ModelChannel(peer, self.now + 600, self.now + 900)
+        return None
+
+    def relays_to(self, client: str, number: int) -> str | None:
+        """The peer that a client reaches on a channel number now."""
+        allocation = self.allocations.get(client)
+        channel = allocation.channels.get(number) if allocation else None
+        return channel.peer if channel and channel.bound_until > self.now else None
+
+    def _rejects(self, client: str, user: str) -> int | None:
+        allocation = self.allocations.get(client)
+        if allocation is None:
+            return 437
+        return None if allocation.user == user else 441
+
+
+class Relay(RuleBasedStateMachine):
+    """The relay and its model, side by side."""
+
+    @initialize(takeover=st.booleans())
+    def starts(self, takeover: bool) -> None:
+        self.relay = Scenario(ports=PORTS, one_allocation_per_username=takeover)
+        self.model = Model(takeover)
+        self.clients: dict[tuple[str, str], Client] = {
+            (address, user): self.relay.client(address, user)
+            for address in CLIENTS
+            for user in USERS
+        }
+        self.peers: dict[str, Peer] = {address: self.relay.peer(address) for address in PEERS}
+        self.holders: dict[str, Client] = {}  # who made the allocation of each address
+
+    @rule(
+        address=st.sampled_from(CLIENTS),
+        user=st.sampled_from(USERS),
+        lifetime=st.sampled_from([1, 60, 600, 3600]),
+    )
+    def allocates(self, address: str, user: str, lifetime: int) -> None:
+        client = self.clients[address, user]
+        answer = client.asks(
+            Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL), (Attr.LIFETIME, lifetime)
+        )
+        assert answer.code == self.model.allocates(address, user, lifetime)
+        if answer.code is None:
+            client.relayed_addresses = answer.get_all(Attr.XOR_RELAYED_ADDRESS)
+            self.holders[address] = client
+
+    @rule(
+        address=st.sampled_from(CLIENTS),
+        user=st.sampled_from(USERS),
+        lifetime=st.sampled_from([0, 1, 60, 600, 3600]),
+    )
+    def refreshes(self, address: str, user: str, lifetime: int) -> None:
+        answer = self.clients[address, user].refreshes(lifetime)
+        assert answer.code == self.model.refreshes(address, user, lifetime)
+
+    @rule(
+        address=st.sampled_from(CLIENTS),
+        user=st.sampled_from(USERS),
+        number=st.sampled_from(NUMBERS),
+        peer=st.sampled_from(PEERS),
+    )
+    def binds(self, address: str, user: str, number: int, peer: str) -> None:
+        answer = self.clients[address, user].tries_to_bind(number, self.peers[peer])
+        assert answer.code == self.model.binds(address, user, number, peer)
+
+    @rule(seconds=st.sampled_from([0.25, 1, 59, 60, 299, 300, 301, 599, 600, 3600]))
+    def time_passes(self, seconds: float) -> None:
+        self.relay.passes(seconds)
+        self.model.passes(seconds)
+
+    @invariant()
+    def ports_are_open_for_live_allocations_only(self) -> None:
+        live = self.model.allocations
+        assert self.relay.server.allocations == len(live)
+        assert len(self.relay.network.sockets) == len(live)
+
+    @invariant()
+    def exactly_what_is_bound_is_relayed_both_ways(self) -> None:
+        for address in CLIENTS:
+            bound = {}
+            holder = self.holders.get(address, self.clients[address, USERS[0]])
+            for number in NUMBERS:
+                holder.sends_data(number, b"ping")
+                peer = self.model.relays_to(address, number)
+                if peer is None:
+                    assert self.relay.sent() == []
+                else:
+                    assert self.relay.sent() == [relayed(holder, self.peers[peer], b"ping")]
+                    bound[peer] = number
+            for name in PEERS if address in self.model.allocations else ():
+                self.peers[name].sends(b"pong", to=holder.relayed_address)
+                expected: list[ToClient] = []
+                if name in bound:
+                    expected = [to(holder, channel_data(bound[name], b"pong"))]
+                assert self.relay.sent() == expected
+
+    @invariant()
+    def indexes_agree(self) -> None:
+        self.relay.server.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "relay"):
+            self.relay.passes(3600)
+            assert self.relay.server.allocations == 0
+            assert self.relay.server.poll_timeout() is None
+            assert self.relay.network.sockets == {}
+
+
+TestRelay = Relay.TestCase
+TestRelay.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
