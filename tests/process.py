@@ -86,7 +86,7 @@ class RelayProcess:
                 self.password = value.strip()
             if line.startswith("(good until"):
                 return self
-        self._errors = _pipe(self.process.stderr).read()
+        self.wait()
         raise AssertionError(f"the relay did not start: {self._errors}")
 
     def __exit__(

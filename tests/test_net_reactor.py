@@ -1,0 +1,290 @@
+"""The event loop, on real descriptors, one turn at a time."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from relay.net.mailbox import Mailbox
+from relay.net.reactor import Reactor
+from relay.net.signals import Signals
+from relay.net.udp import READ_BUDGET, RelaySocket, bind_udp
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def bugs() -> list[Exception]:
+    return []
+
+
+@pytest.fixture
+def reactor(clock: Clock, bugs: list[Exception]) -> Iterator[Reactor]:
+    reactor = Reactor(clock, bugs.append)
+    yield reactor
+    reactor.close()
+
+
+class Inbox:
+    """A relay port on loopback, and what came in through it."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self.sock = bind_udp("127.0.0.1", 0, 4 << 20)
+        self._buffer = bytearray(65536)
+        self._socket = RelaySocket(self.sock, memoryview(self._buffer), self.lost, reactor)
+        self.received: list[bytes] = []
+        self.losses: list[str] = []
+        self._outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._outside.connect(self.sock.getsockname())
+        reactor.register(self.sock, partial(self._socket.receive, self.take))
+
+    def take(self, size: int, _source: object) -> None:
+        self.received.append(bytes(self._buffer[:size]))
+
+    def lost(self, name: str) -> None:
+        self.losses.append(name)
+
+    def is_sent(self, count: int) -> None:
+        for number in range(count):
+            self._outside.send(b"%d" % number)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._outside.close()
+
+
+@pytest.fixture
+def hot(reactor: Reactor) -> Iterator[Inbox]:
+    inbox = Inbox(reactor)
+    yield inbox
+    inbox.close()
+
+
+@pytest.fixture
+def cold(reactor: Reactor) -> Iterator[Inbox]:
+    inbox = Inbox(reactor)
+    yield inbox
+    inbox.close()
+
+
+def test_a_burst_is_read_in_portions_and_in_order(reactor: Reactor, hot: Inbox) -> None:
+    hot.is_sent(200)
+    reactor.turn()
+    assert len(hot.received) == READ_BUDGET
+
+    while len(hot.received) < 200:
+        reactor.turn()
+    assert hot.received == [b"%d" % number for number in range(200)]
+    assert hot.losses == []
+
+
+def test_a_hot_socket_does_not_keep_a_cold_one_waiting(
+    reactor: Reactor, hot: Inbox, cold: Inbox
+) -> None:
+    hot.is_sent(10 * READ_BUDGET)
+    cold.is_sent(1)
+    reactor.turn()
+
+    assert len(cold.received) == 1
+    assert len(hot.received) == READ_BUDGET
+
+
+def test_a_flood_does_not_keep_a_timer_waiting(reactor: Reactor, clock: Clock, hot: Inbox) -> None:
+    at = []
+    reactor.call_at(clock.now + 1, lambda: at.append(len(hot.received)))
+    hot.is_sent(10 * READ_BUDGET)
+    reactor.turn()
+    assert at == []
+
+    clock.now += 1
+    reactor.turn()
+    assert at == [READ_BUDGET]  # before this turn's portion of the flood
+
+
+def test_timers_come_in_order_and_once(reactor: Reactor, clock: Clock) -> None:
+    called: list[str] = []
+    reactor.call_at(clock.now + 2, lambda: called.append("second"))
+    reactor.call_later(1, lambda: called.append("first"))
+    reactor.call_at(clock.now + 3, partial(called.append, "never"))
+    clock.now += 2.5
+    reactor.turn()
+
+    assert called == ["first", "second"]
+
+
+def test_a_deadline_in_the_past_is_due_at_once(reactor: Reactor, clock: Clock) -> None:
+    called: list[int] = []
+    reactor.call_at(clock.now - 1000, lambda: called.append(1))
+    reactor.turn()
+
+    assert called == [1]
+
+
+def test_a_timer_can_be_moved_and_cancelled(reactor: Reactor, clock: Clock) -> None:
+    called: list[float] = []
+
+    def note() -> None:
+        called.append(clock.now)
+
+    def never() -> None:
+        called.append(-1)
+
+    reactor.call_at(clock.now + 1, note)
+    reactor.call_at(clock.now + 5, note)
+    reactor.call_at(clock.now + 2, never)
+    reactor.cancel(never)
+    reactor.cancel(never)  # it may be gone already
+    reactor.call_at(clock.now + 4, reactor.stop)
+    for _ in range(5):
+        clock.now += 1
+        if clock.now < 104:
+            reactor.call_at(clock.now, lambda: None)  # so that the turn does not wait
+        reactor.turn()
+
+    assert called == [105.0]
+
+
+def test_a_failing_handler_is_reported_and_the_rest_is_served(
+    reactor: Reactor, clock: Clock, hot: Inbox, bugs: list[Exception]
+) -> None:
+    error = ValueError("a bug of ours")
+
+    def fails() -> None:
+        raise error
+
+    called: list[int] = []
+    reactor.call_at(clock.now, fails)
+    reactor.call_at(clock.now, lambda: called.append(1))
+    broken = bind_udp("127.0.0.1", 0, 4096)
+    reactor.register(broken, fails)
+    hot.is_sent(1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outside:
+        outside.sendto(b"x", broken.getsockname())
+    reactor.turn()
+    reactor.retire(broken)
+
+    assert bugs == [error, error]
+    assert called == [1]
+    assert len(hot.received) == 1
+
+
+def test_a_socket_retired_in_a_batch_is_not_served_in_it(reactor: Reactor, clock: Clock) -> None:
+    sock = bind_udp("127.0.0.1", 0, 4096)
+    served: list[int] = []
+    open_during_batch: list[bool] = []
+
+    def retire() -> None:
+        reactor.retire(sock)
+        open_during_batch.append(sock.fileno() >= 0)
+
+    reactor.register(sock, lambda: served.append(1))
+    reactor.call_at(clock.now, retire)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outside:
+        outside.sendto(b"x", sock.getsockname())
+    reactor.turn()
+
+    assert served == []
+    assert open_during_batch == [True]
+    assert sock.fileno() < 0
+
+
+def test_retired_sockets_can_be_closed_early_for_their_port(reactor: Reactor) -> None:
+    first = bind_udp("127.0.0.1", 0, 4096)
+    port = first.getsockname()[1]
+    reactor.register(first, lambda: None)
+    reactor.retire(first)
+    reactor.close_retired()
+
+    bind_udp("127.0.0.1", port, 4096).close()
+
+
+def test_mail_wakes_the_loop_from_another_thread(reactor: Reactor) -> None:
+    got: list[int] = []
+    mailbox: Mailbox[int] = Mailbox(got.append)
+    reactor.register(mailbox, mailbox.deliver)
+    sender = threading.Thread(target=mailbox.post, args=(7,))
+    sender.start()
+    while not got:
+        reactor.turn()
+    sender.join()
+
+    assert got == [7]
+    reactor.retire(mailbox)
+
+
+def test_no_mail_is_lost_or_reordered_between_threads(reactor: Reactor) -> None:
+    got: list[tuple[int, int]] = []
+    mailbox: Mailbox[tuple[int, int]] = Mailbox(got.append)
+    reactor.register(mailbox, mailbox.deliver)
+
+    def send(sender: int) -> None:
+        for number in range(500):
+            mailbox.post((sender, number))
+
+    threads = [threading.Thread(target=send, args=(sender,)) for sender in range(4)]
+    for thread in threads:
+        thread.start()
+    while len(got) < 2000:
+        reactor.turn()  # hangs if a wake-up gets lost
+    for thread in threads:
+        thread.join()
+
+    for sender in range(4):
+        assert [number for who, number in got if who == sender] == list(range(500))
+    reactor.retire(mailbox)
+
+
+def test_mail_behind_a_failing_item_is_delivered(reactor: Reactor, bugs: list[Exception]) -> None:
+    got: list[int] = []
+
+    def take(item: int) -> None:
+        if item == 1:
+            raise ValueError("a bug of ours")
+        got.append(item)
+
+    mailbox = Mailbox(take)
+    reactor.register(mailbox, mailbox.deliver)
+    for item in (0, 1, 2):
+        mailbox.post(item)
+    reactor.turn()
+    reactor.turn()
+
+    assert got == [0, 2]
+    assert len(bugs) == 1
+    reactor.retire(mailbox)
+
+
+def test_signals_arrive_in_the_loop(reactor: Reactor) -> None:
+    got: list[int] = []
+    with Signals((signal.SIGUSR1, signal.SIGUSR2), got.append) as signals:
+        reactor.register(signals, signals.deliver)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        while len(got) < 2:
+            reactor.turn()
+        reactor.retire(signals)
+
+    assert got == [signal.SIGUSR1, signal.SIGUSR2]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_run_returns_when_stopped(reactor: Reactor, clock: Clock) -> None:
+    reactor.call_at(clock.now, reactor.stop)
+    reactor.run()

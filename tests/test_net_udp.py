@@ -1,0 +1,135 @@
+"""UDP sockets: where they answer from, and what happens to what cannot be sent."""
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from relay.net.addresses import is_local, local_addresses, outward_address
+from relay.net.reactor import Reactor
+from relay.net.udp import ListeningSocket, RelaySocket, bind_udp
+
+ERRORS = [
+    errno.EAGAIN,
+    errno.ENOBUFS,
+    errno.EMSGSIZE,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+    errno.EPERM,
+    errno.EINVAL,
+    errno.ECONNREFUSED,
+]
+
+
+class FailingSocket:
+    """Stands in for a kernel that refuses to send."""
+
+    family = socket.AF_INET
+
+    def __init__(self, error: int) -> None:
+        self._error = OSError(error, os.strerror(error))
+
+    def getsockname(self) -> tuple[str, int]:
+        return "127.0.0.1", 3478
+
+    def sendto(self, *_: Any) -> None:
+        raise self._error
+
+    def sendmsg(self, *_: Any) -> None:
+        raise self._error
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: errno.errorcode[error])
+def test_what_cannot_be_sent_is_counted_and_that_is_all(error: int) -> None:
+    lost: list[str] = []
+    sock: Any = FailingSocket(error)
+    reactor = Reactor()
+    RelaySocket(sock, memoryview(b""), lost.append, reactor).send(b"x", ("127.0.0.1", 9))
+    ListeningSocket(sock, memoryview(b""), lost.append).send(b"x", (("127.0.0.1", 9), b""))
+    reactor.close()
+
+    assert lost == [errno.errorcode[error]] * 2
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "127.1.2.3"])
+def test_the_answer_comes_from_the_address_that_was_asked(address: str) -> None:
+    """On a wildcard socket the kernel would pick 127.0.0.1 for all of these."""
+    asks_and_is_answered("0.0.0.0", address)
+
+
+def test_ipv6_answers_too() -> None:
+    asks_and_is_answered("::", "::1")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_socket_bound_to_one_address_needs_no_such_care(address: str) -> None:
+    client = asks_and_is_answered(address, address)
+
+    assert client[1] == b""
+
+
+def test_an_ipv6_socket_leaves_ipv4_alone() -> None:
+    six = bind_udp("::", 0, 65536)
+    four = bind_udp("0.0.0.0", six.getsockname()[1], 65536)
+    four.close()
+    six.close()
+
+
+def test_a_port_cannot_be_bound_twice() -> None:
+    first = bind_udp("127.0.0.1", 0, 65536)
+    with pytest.raises(OSError, match="in use"):
+        bind_udp("127.0.0.1", first.getsockname()[1], 65536)
+    first.close()
+
+
+def test_of_an_ipv6_peer_only_host_and_port_count() -> None:
+    buffer = bytearray(100)
+    reactor = Reactor()
+    sock = bind_udp("::1", 0, 65536)
+    relay_socket = RelaySocket(sock, memoryview(buffer), _unexpected, reactor)
+    sources: list[Any] = []
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as peer:
+        peer.bind(("::1", 0))
+        peer.sendto(b"hi", sock.getsockname())
+        relay_socket.receive(lambda _, source: sources.append(source))
+        assert sources == [peer.getsockname()[:2]]
+    sock.close()
+    reactor.close()
+
+
+def test_what_the_kernel_knows_of_addresses() -> None:
+    assert is_local("127.0.0.1")
+    assert is_local("127.9.9.9")
+    assert not is_local("192.0.2.254")
+    assert not is_local("2001:db8::fe")
+    assert {"127.0.0.1"} <= local_addresses()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        outward = outward_address(family)
+        assert outward is None or is_local(outward)
+
+
+def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
+    """Send to *address* of a listening socket on *bind*; the answer must come from there."""
+    buffer = bytearray(100)
+    sock = bind_udp(bind, 0, 65536)
+    listener = ListeningSocket(sock, memoryview(buffer), _unexpected)
+    clients: list[tuple[Any, bytes]] = []
+    take: Callable[[int, Any], None] = lambda _, client: clients.append(client)  # noqa: E731
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as client:
+        client.connect((address, sock.getsockname()[1]))  # hears from nobody else
+        client.settimeout(10)
+        client.send(b"ask")
+        listener.receive(take)
+        assert bytes(buffer[:3]) == b"ask"
+        listener.send(b"answer", clients[0])
+        assert client.recv(100) == b"answer"
+    listener.close()
+    return clients[0]
+
+
+def _unexpected(name: str) -> None:
+    raise AssertionError(name)
