@@ -107,9 +107,9 @@ class UsageError(Exception):
 def _run(command: Command) -> int:
     configure(command.log_format, command.log_levels)
     if command.print_config:
-        for name, texts in command.texts.items():
-            for text in texts:
-                print(f"{name} = {text}")
+        for option in OPTIONS:
+            for text in command.texts.get(option.name, ()):
+                print(f"{option.name} = {text}")
     if command.check_config:
         print("the configuration is good")
     if command.mint is not None:
