@@ -17,7 +17,7 @@ from relay.net.reactor import Reactor
 
 READ_BUDGET: Final = 32  # datagrams per socket and turn of the reactor
 LISTEN_BUFFER: Final = 4 << 20  # bytes the kernel may queue for the listening socket
-RELAY_BUFFER: Final = 1 << 20  # the same for each relay port
+RELAY_BUFFER: Final = 512 << 10  # for each relay port: a burst of 200 large datagrams
 
 # From <asm-generic/socket.h>, <linux/in.h> and <linux/in6.h>; the socket module lacks them.
 _SO_RCVBUFFORCE: Final = 33
