@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Run the relay from a checkout, setting up what it needs on first use.
+
+``./relay.py [options]`` installs requirements/run.lock into ``.venv`` beside
+this file and hands the options to :mod:`relay.cli`; ``./relay.py --run-tests
+[pytest options]`` installs requirements/test.lock and runs pytest. While a stamp
+in .venv says that all is there, a start runs no other program. With
+``RELAY_NO_BOOTSTRAP=1`` the running interpreter is used as it is.
+
+Standard library only; any Python since 3.8 gets as far as `check_python`.
+The package ``relay`` shares this directory and this file's name: import prefers
+a directory with an ``__init__.py`` to a module, so ``relay/`` must keep its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parent
+RUN_LOCK = ROOT / "requirements" / "run.lock"
+TEST_LOCK = ROOT / "requirements" / "test.lock"  # all of RUN_LOCK, and more
+
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "relay-setup.stamp"  # the Python that made .venv, then each lock installed
+THIS_PYTHON = "python {}.{}".format(*sys.version_info)
+
+
+class SetupError(Exception):
+    """Set-up cannot go on; the text says why, and what to type."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the relay, or its tests, and return the exit code."""
+    try:
+        check_python(sys.version_info[:2])
+        command = prepare(arguments)
+    except SetupError as error:
+        say(str(error))
+        return os.EX_UNAVAILABLE
+    except OSError as error:
+        say(f"cannot set up {VENV}: {error}")
+        return os.EX_UNAVAILABLE
+    except KeyboardInterrupt:
+        say("interrupted; the next start goes on setting up")
+        return 130
+    if command:
+        os.execv(command[0], command)
+    return run_relay()
+
+
+def check_python(version: tuple[int, ...]) -> None:
+    """Raise SetupError if the relay cannot run on Python *version*."""
+    if version < (3, 11):
+        found = ".".join(map(str, version))
+        raise SetupError(f"Python 3.11 or newer is needed, and {sys.executable} is {found}")
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """Install what is missing; return the command to execute, [] for this process as it is."""
+    testing = arguments[:1] == ["--run-tests"]
+    lock = TEST_LOCK if testing else RUN_LOCK
+    if os.environ.get("RELAY_NO_BOOTSTRAP", "0") in ("", "0"):
+        python = str(VENV_PYTHON)
+        changed = set_up(lock)
+    else:
+        python = sys.executable
+        changed = False
+        if testing and find_spec("pytest") is None:
+            raise SetupError(f"cannot import pytest; {how_to_install(lock)}")
+    if testing:
+        os.chdir(ROOT)
+        return [python, "-m", "pytest", *arguments[1:]]
+    if changed or sys.executable != python:
+        return [python, str(ROOT / "relay.py"), *arguments]
+    return []
+
+
+def run_relay() -> int:
+    """Hand over to the relay, which reads its options from sys.argv."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))  # PYTHONSAFEPATH leaves a script's directory out
+    try:
+        from relay.cli import main as relay_main
+    except ImportError as error:
+        if (error.name or "relay").partition(".")[0] == "relay":
+            raise  # not a dependency: a fault of ours
+        say(f"cannot import {error.name}; {how_to_install(RUN_LOCK)}")
+        return os.EX_UNAVAILABLE
+    return relay_main()
+
+
+def how_to_install(lock: Path) -> str:
+    """Say what puts *lock* within reach of the running interpreter."""
+    managed = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    if sys.prefix == sys.base_prefix and managed.exists():  # pip would refuse
+        return f"type: env -u RELAY_NO_BOOTSTRAP {shlex.join([sys.executable, *sys.argv])}"
+    return f"type: {shlex.join(pip_install(sys.executable, lock))}"
+
+
+def set_up(lock: Path) -> bool:
+    """Bring .venv up to *lock*; return whether that took any work."""
+    if is_current(lock):
+        return False
+    with only_one_set_up():
+        if is_current(lock):  # another start did it meanwhile
+            return True
+        usable = read_stamp()[:1] == [THIS_PYTHON] and VENV_PYTHON.exists()
+        install_system_packages(missing_packages(lock, new_venv=not usable))
+        if not usable:
+            unfit = ".venv is unfinished or of another Python: creating it anew"
+            say(unfit if VENV.exists() else "first start: creating .venv")
+            run([sys.executable, "-m", "venv", "--clear", str(VENV)])
+            # What is typed by hand from here on counts: the next start keeps this .venv.
+            STAMP.write_text(f"{THIS_PYTHON}\n")
+        say(f"installing {lock.relative_to(ROOT)} into .venv (pip)")
+        run(pip_install(str(VENV_PYTHON), lock))
+        installed = [RUN_LOCK, TEST_LOCK] if lock == TEST_LOCK else [RUN_LOCK]
+        STAMP.write_text("\n".join([THIS_PYTHON, *map(stamp_line, installed), ""]))
+    return True
+
+
+def is_current(lock: Path) -> bool:
+    """Whether this Python made .venv and all of *lock* is in it."""
+    stamp = read_stamp()
+    return stamp[:1] == [THIS_PYTHON] and stamp_line(lock) in stamp and VENV_PYTHON.exists()
+
+
+def read_stamp() -> list[str]:
+    """Return the stamp's lines, none if .venv was never finished."""
+    return STAMP.read_text().splitlines() if STAMP.exists() else []
+
+
+def stamp_line(lock: Path) -> str:
+    """Return the line by which the stamp names this very content of *lock*."""
+    return f"{lock.name} {hashlib.sha256(lock.read_bytes()).hexdigest()}"
+
+
+@contextmanager
+def only_one_set_up() -> Iterator[None]:
+    """Wait until no other start of this checkout is setting up, and hold off the next."""
+    directory = os.open(ROOT, os.O_RDONLY)  # a lock file would be litter, or in the way of --clear
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another start is setting up .venv: waiting for it")
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
+def missing_packages(lock: Path, *, new_venv: bool) -> list[str]:
+    """Return the Debian packages without which .venv cannot be made or *lock* not be built."""
+    version = "python{}.{}".format(*sys.version_info)
+    present = {}
+    if new_venv:
+        present[f"{version}-venv"] = find_spec("ensurepip") is not None
+    prctl = re.search(r"^python-prctl==([\w.]+)", lock.read_text(), re.MULTILINE)
+    if prctl and (new_venv or not any(VENV.glob(f"lib/*/site-packages/python_prctl-{prctl[1]}*"))):
+        present["gcc"] = shutil.which("gcc") is not None
+        present["libc6-dev"] = Path("/usr/include/stdio.h").exists()
+        present["libcap-dev"] = Path("/usr/include/sys/capability.h").exists()
+        present[f"{version}-dev"] = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return [package for package, is_present in present.items() if not is_present]
+
+
+def install_system_packages(packages: list[str]) -> None:
+    """Install *packages* if the system and the user allow it, or else say how."""
+    if not packages:
+        return
+    names = " ".join(packages)
+    if not Path("/etc/debian_version").exists():
+        names = names.replace("libc6-", "glibc-").replace("-dev", "-devel")  # as RPMs are named
+        manager = "type: dnf install" if shutil.which("dnf") else "install:"
+        raise SetupError(f"system packages are missing; {manager} {names}")
+    if os.geteuid() != 0:
+        raise SetupError(f"system packages are missing; type: sudo apt-get install -y {names}")
+    say(f"installing system packages: {names} (apt-get)")
+    # A new machine has no package lists. A failed update is not final: old ones may do.
+    install = "apt-get -o DPkg::Lock::Timeout=120 install -y --no-install-recommends"
+    run(["sh", "-c", f"export DEBIAN_FRONTEND=noninteractive; apt-get update; {install} {names}"])
+
+
+def pip_install(python: str, lock: Path) -> list[str]:
+    """Return the command that installs *lock*; `-m pip` as a script breaks when .venv moves."""
+    options = ["--disable-pip-version-check", "--require-hashes"]
+    return [python, "-m", "pip", "install", *options, "-r", str(lock)]
+
+
+def run(command: list[str]) -> None:
+    """Run *command* unheard; should it fail, tell its last lines and how to repeat it."""
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        except KeyboardInterrupt:
+            process.terminate()  # not kill, and wait: dpkg leaves its database in order
+            process.communicate()
+            raise
+    if process.returncode != 0:
+        end = "".join(f"\n    {line}" for line in output.splitlines()[-12:])
+        raise SetupError(f"that failed:{end}\nrelay.py: to try again, type: {shlex.join(command)}")
+
+
+def say(text: str) -> None:
+    """Tell the user one thing on stderr."""
+    print(f"relay.py: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
