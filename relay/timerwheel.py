@@ -71,20 +71,20 @@ class TimerWheel(Generic[T]):
             self._take_out(item, entry.slot)
 
     def advance(self, now: float) -> list[T]:
-        """Return what is due at *now*, earliest second first, and forget it."""
-        due: list[T] = []
+        """Return what is due at *now*, earliest deadline first, and forget it."""
+        due: dict[T, float] = {}
         while self._next <= now:
             self._cursor = int(self._next)
             for item in self._empty(self._cursor % SLOTS):
                 entry = self._entries[item]
                 if entry.deadline <= now:
                     del self._entries[item]
-                    due.append(item)
+                    due[item] = entry.deadline
                 else:
                     self._file(item, entry)
             self._find_next()
         self._cursor = max(self._cursor, int(now))
-        return due
+        return sorted(due, key=due.__getitem__)
 
     def _file(self, item: T, entry: _Entry) -> None:
         wake = min(max(entry.deadline, self._cursor), self._cursor + SLOTS - 1)

@@ -185,3 +185,11 @@ def test_the_older_channel_range_widens_what_counts_as_channel_data() -> None:
 
     relay.client("192.0.2.10:5000").sends(b"\x80\x00\x00\x00")
     assert relay.dropped() == {"unknown_protocol": 1}
+
+
+def test_thousands_of_unknown_attributes_cost_little_and_are_not_all_named(relay: Scenario) -> None:
+    """One datagram of a stranger must not keep the relay busy, nor earn a large answer."""
+    many = [(_raw(0x4000 + number), b"") for number in range(10_000)]
+    answer = relay.client("192.0.2.10:5000").hears(request(Method.BINDING, *many).encode())
+
+    assert answer.get(Attr.UNKNOWN_ATTRIBUTES) == tuple(range(0x4000, 0x4000 + 32))

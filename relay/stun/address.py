@@ -5,7 +5,7 @@ XOR-PEER-ADDRESS as bytes; both are keys of the same tables, so one address must
 have one spelling. The kernel's is that of ``inet_ntop``.
 """
 
-from ipaddress import IPv6Address
+from ipaddress import IPv4Address, IPv6Address
 
 from relay.stun.const import Family
 
@@ -22,9 +22,7 @@ def family_of(host: str) -> Family:
 
 def pack_host(host: str) -> bytes:
     """Return the 4 or 16 bytes of a numeric host. Raises ValueError if it is none."""
-    if ":" in host:
-        return IPv6Address(host).packed
-    return bytes(map(int, host.split(".")))
+    return IPv6Address(host).packed if ":" in host else IPv4Address(host).packed
 
 
 def unpack_host(packed: bytes) -> str:

@@ -107,7 +107,7 @@ def decode(datagram: bytes) -> Received:
 def _read_attributes(received: Received) -> None:
     raw, attributes = received.raw, received.message.attributes
     transaction_id = received.message.transaction_id
-    unknown: list[int] = []
+    unknown: dict[int, None] = {}  # an ordered set: there may be thousands
     seen: set[Attribute[Any]] = set()
     offset, end = HEADER_SIZE, len(raw)
     while offset < end:  # at least four bytes are left: everything is a multiple of four
@@ -120,7 +120,8 @@ def _read_attributes(received: Received) -> None:
         if attribute is Attr.FINGERPRINT:
             _check_fingerprint(raw[:offset], value)
             received.fingerprinted = True
-        elif received.integrity_offset is not None or attribute in seen:
+            break  # it is the last attribute, RFC 8489 §14.7
+        if received.integrity_offset is not None or attribute in seen:
             pass
         elif attribute is not None:
             if not attribute.repeatable:
@@ -132,8 +133,8 @@ def _read_attributes(received: Received) -> None:
             else:
                 if attribute is Attr.MESSAGE_INTEGRITY:
                     received.integrity_offset = offset
-        elif comprehension_required(attribute_type) and attribute_type not in unknown:
-            unknown.append(attribute_type)
+        elif comprehension_required(attribute_type):
+            unknown[attribute_type] = None
         offset += 4 + size + -size % 4
     received.unknown = tuple(unknown)
 

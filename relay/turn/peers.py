@@ -35,9 +35,14 @@ _NOT_PUBLIC: Final = {
     "64:ff9b::/96": "NAT64",
     "64:ff9b:1::/48": "local NAT64",
     "100::/64": "discard-only",
+    "100:0:0:1::/64": "dummy",
     "2001::/32": "Teredo",
+    "2001:2::/48": "benchmarking",
+    "2001:10::/28": "deprecated ORCHID",
     "2001:db8::/32": "documentation",
     "2002::/16": "6to4",
+    "3fff::/20": "documentation",
+    "5f00::/16": "segment routing",
     "fc00::/7": "unique local",
     "fe80::/10": "link-local",
     "fec0::/10": "site-local",
@@ -101,7 +106,7 @@ class PeerPolicy:
                 cidr,
                 allows=False,
                 by_flag=True,
-                text=f"--deny-peer {cidr}; an --allow-peer for a longer prefix would allow it",
+                text=_denied(cidr),
             )
             for cidr in deny
         ]
@@ -132,6 +137,13 @@ def _rule(cidr: str, *, allows: bool, by_flag: bool, text: str) -> _Rule:
     length = network.prefixlen
     prefix = int(network.network_address) >> (network.max_prefixlen - length)
     return _Rule(network.version, prefix, length, allows, by_flag, text)
+
+
+def _denied(cidr: str) -> str:
+    network = ip_network(cidr)
+    if network.prefixlen == network.max_prefixlen:
+        return f"--deny-peer {cidr}; nothing else would allow it"
+    return f"--deny-peer {cidr}; an --allow-peer for a longer prefix would allow it"
 
 
 def _spellings(address: IPv4Address | IPv6Address) -> Iterator[IPv4Address | IPv6Address]:
