@@ -12,6 +12,7 @@
 ``turn``                RFC 8656: the server as a state machine. Pure
 ``timerwheel``          deadlines in one-second slots. Pure
 ``net``                 Linux: epoll, UDP sockets, signals, the mailbox
+``portal``              Firezone's portal: Phoenix channels, in a thread of their own
 ``sandbox``             what the process gives up before it serves anyone
 ======================  ====================================================
 
@@ -19,8 +20,9 @@
 socket, clock, thread, file or dice. Imports point down only::
 
     cli -> daemon -> forwarder -> turn -> stun
-                         |          '---> timerwheel
-                         '------> net --> timerwheel
+                 |           |       '--> timerwheel
+                 |           '--> net --> timerwheel
+                 '--> portal
 
 This module imports nothing. It has to exist even so: with it, ``import relay``
 finds this package before the launcher ``relay.py`` that lies beside it.

@@ -1,9 +1,11 @@
 """From flags, environment and file to a ``Config``, and from how it ends to an exit code."""
 
 import argparse
+import glob
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -16,10 +18,10 @@ from typing import Any, Final, NoReturn, TextIO
 import configargparse
 
 from relay.config import Config, ConfigError
-from relay.daemon import Daemon, StartError
+from relay.daemon import Daemon, DaemonError
 from relay.logs import configure, parse_levels
 from relay.net.addresses import is_local, outward_address
-from relay.options import DEFAULT_FILE, OPTIONS, Option
+from relay.options import DEFAULT_FILE, OPTIONS, Option, parse_token, read_token_file
 from relay.turn.auth import mint
 from relay.version import __version__
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(EX_USAGE, f"{error} (--help lists the options)")
     except ConfigError as error:
         return _fail(EX_CONFIG, str(error))
-    except StartError as error:
+    except DaemonError as error:
         return _fail(error.exit_code, str(error))
     except Exception:
         logger.exception("stopped by a bug")
@@ -56,6 +58,7 @@ class Command:
 
     config: Config
     texts: dict[str, tuple[str, ...]]  # every option that has a value, as it could be written
+    secret_files: tuple[str, ...]
     log_format: str
     log_levels: dict[str, int]
     check_config: bool
@@ -68,12 +71,10 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
 
     Raises UsageError for a bad command line, ConfigError for a bad value.
     """
-    variables = {option.variable for option in OPTIONS}
-    set_variables = {k: v for k, v in environment.items() if v and k in variables}
-    for option in OPTIONS:
-        if option.variable in set_variables:
-            _parse(option, set_variables[option.variable], f"variable {option.variable}")
-    namespace = _parser(argv).parse_args(list(argv), env_vars=set_variables)
+    variables, bad_variable = _variables(environment)
+    namespace = _parser(_given_file(argv)).parse_args(list(argv), env_vars=variables)
+    if bad_variable is not None:  # only now: --help should help
+        raise bad_variable
     values: dict[str, Any] = {}
     texts: dict[str, tuple[str, ...]] = {}
     for option in OPTIONS:
@@ -87,11 +88,16 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
             texts[option.name] = (option.default,)
         else:
             values[option.name] = () if option.repeatable else None
-    _find_public_addresses(values, texts)
+    token_sources = _find_token(values, texts, environment)
+    if values["one-allocation-per-username"] is None:
+        values["one-allocation-per-username"] = values["token-file"] is not None
+    if values["token-file"] is None:
+        _find_public_addresses(values, texts)
     config = Config(**{o.field: values[o.name] for o in OPTIONS if o.field is not None})
     return Command(
         config,
         texts,
+        secret_files=(*token_sources, *texts.get("relay-secret-file", ())),
         log_format=values["log-format"],
         log_levels=parse_levels(values["log-level"]),
         check_config=namespace.check_config,
@@ -102,6 +108,21 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
 
 class UsageError(Exception):
     """The command line is wrong."""
+
+
+def _variables(environment: Mapping[str, str]) -> tuple[dict[str, str], ConfigError | None]:
+    """Return the variables that hold good values, and what is wrong with the first other one."""
+    good: dict[str, str] = {}
+    bad: ConfigError | None = None
+    for option in OPTIONS:
+        text = environment.get(option.variable)
+        if text:
+            try:
+                _parse(option, text, f"variable {option.variable}")
+                good[option.variable] = text
+            except ConfigError as error:
+                bad = bad or error
+    return good, bad
 
 
 def _run(command: Command) -> int:
@@ -116,7 +137,7 @@ def _run(command: Command) -> int:
         _print_credential(command.config, command.mint)
     if command.print_config or command.check_config or command.mint is not None:
         return os.EX_OK
-    _warn_about_secret_file(command.texts)
+    _warn_about_secret_files(command.secret_files)
     daemon = Daemon(command.config)
     daemon.run()
     return os.EX_OK
@@ -138,10 +159,46 @@ def _print_credential(config: Config, seconds: int) -> None:
     print(json.dumps(credential))
 
 
-def _warn_about_secret_file(texts: Mapping[str, Iterable[str]]) -> None:
-    for path in texts.get("relay-secret-file", ()):
+def _warn_about_secret_files(paths: Iterable[str]) -> None:
+    for path in paths:
         if Path(path).stat().st_mode & 0o004:
             logger.warning("%s can be read by every user of this machine", path)
+
+
+def _find_token(
+    values: dict[str, Any], texts: Mapping[str, tuple[str, ...]], environment: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Look for a token where it may be; return the files that it was read from.
+
+    In --token-file; in FIREZONE_TOKEN, itself or as a path; in the credentials of systemd.
+    """
+    if values["token-file"] is not None:
+        return texts["token-file"]
+    variable = environment.get("FIREZONE_TOKEN")
+    directory = environment.get("CREDENTIALS_DIRECTORY")
+    credential = Path(directory or "/nowhere", "FIREZONE_TOKEN")
+    source = "variable FIREZONE_TOKEN"
+    try:
+        if variable and not _is_file(variable):
+            values["token-file"] = parse_token(variable)
+            return ()
+        if variable:
+            source, path = f"{source}, file {variable}", variable
+        elif directory and credential.exists():
+            source, path = f"file {credential}", str(credential)
+        else:
+            return ()
+        values["token-file"] = read_token_file(path)
+    except ValueError as error:
+        raise ConfigError(f"the token {error} ({source})") from None
+    return (path,)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # as a name it is too long, or has a NUL in it
+        return False
 
 
 def _find_public_addresses(values: dict[str, Any], texts: dict[str, tuple[str, ...]]) -> None:
@@ -186,37 +243,35 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
     """Raises instead of printing and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raised = sys.exc_info()[1]
-        if isinstance(raised, ConfigError):  # from _open, which the parser would rephrase
-            raise raised
         raise UsageError(message)
 
 
-class _File(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
-    """``key = value`` lines; ``#`` and ``;`` begin a comment."""
+class _File(configargparse.ConfigFileParser):  # type: ignore[misc]
+    """``key = value`` lines, the value as it stands; ``#`` or ``;`` begins a comment line."""
+
+    def get_syntax_description(self) -> str:
+        return "Lines of a file: key = value"
 
     def parse(self, stream: TextIO) -> dict[str, str | list[str]]:
         """Return text by option name. Raises ConfigError naming file and line."""
-        items: dict[str, list[str]] = {}
-        for number, line in enumerate(_lines(stream), 1):
+        texts: dict[str, list[str]] = {}
+        for number, raw_line in enumerate(_lines(stream), 1):
+            line = raw_line.strip()
+            if not line or line[0] in "#;":
+                continue
             place = f"{stream.name} line {number}"
-            try:
-                parsed = super().parse([line])
-            except configargparse.ConfigFileParserException:
-                raise ConfigError(f"{line.strip()!r}: not 'key = value' ({place})") from None
-            for key, value in parsed.items():
-                option = _BY_NAME.get(key)
-                if option is None:
-                    raise ConfigError(f"{key!r}: there is no such option ({place})")
-                if key in items and not option.repeatable:
-                    raise ConfigError(f"{key!r}: given twice ({place})")
-                for text in value if isinstance(value, list) else [value]:
-                    if text:
-                        _parse(option, str(text), place)
-                        items.setdefault(key, []).append(str(text))
-        return {
-            key: texts if _BY_NAME[key].repeatable else texts[0] for key, texts in items.items()
-        }
+            name, equals, text = (part.strip() for part in line.partition("="))
+            if not name or not equals:
+                raise ConfigError(f"{line!r}: not 'key = value' ({place})")
+            option = _BY_NAME.get(name)
+            if option is None:
+                raise ConfigError(f"{name!r}: there is no such option ({place})")
+            if name in texts and not option.repeatable:
+                raise ConfigError(f"{name!r}: given twice ({place})")
+            if text:
+                _parse(option, text, place)
+                texts.setdefault(name, []).append(text)
+        return {name: t if _BY_NAME[name].repeatable else t[0] for name, t in texts.items()}
 
 
 def _lines(stream: TextIO) -> Iterable[str]:
@@ -229,11 +284,27 @@ def _lines(stream: TextIO) -> Iterable[str]:
 def _open(path: str) -> TextIO:
     try:
         return Path(path).open(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        shown = path or "''"
+        raise ConfigError(f"{shown}: cannot be read: {reason}") from None
 
 
-def _parser(argv: Sequence[str]) -> _Parser:
+def _given_file(argv: Sequence[str]) -> str | None:
+    """Return the file that the command line names. Raises ConfigError if it cannot be read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config")
+    try:
+        path: str | None = parser.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:
+        return None  # -c without a value: the real parser will say so
+    if path is not None:
+        _open(path).close()
+    return path
+
+
+def _parser(file: str | None) -> _Parser:
+    """Build the parser that reads *file*, or the default file if there is one."""
     parser = _Parser(
         prog=PROGRAM,
         description="A STUN and TURN relay. Every option is also an environment variable and a "
@@ -242,7 +313,7 @@ def _parser(argv: Sequence[str]) -> _Parser:
         add_help=False,
         add_config_file_help=False,
         add_env_var_help=False,
-        default_config_files=[] if _names_a_file(argv) else [DEFAULT_FILE],
+        default_config_files=[glob.escape(file) if file is not None else DEFAULT_FILE],
         config_file_parser_class=_File,
         config_file_open_func=_open,
         formatter_class=argparse.HelpFormatter,
@@ -276,7 +347,6 @@ def _parser(argv: Sequence[str]) -> _Parser:
     other.add_argument(
         "-c",
         "--config",
-        is_config_file=True,
         metavar="FILE",
         help=f"read options from this file (default: {DEFAULT_FILE}, if there is one)",
     )
@@ -293,22 +363,14 @@ def _parser(argv: Sequence[str]) -> _Parser:
     return parser
 
 
-def _names_a_file(argv: Sequence[str]) -> bool:
-    """Tell if a configuration file is given, so that the default one is not read."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-c", "--config")
-    try:
-        return parser.parse_known_args(argv)[0].config is not None
-    except argparse.ArgumentError:
-        return False  # -c without a value: the real parser will say so
-
-
 def _seconds(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:12]) <= 10**10:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,9}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 up")
     return int(text)
 
 
 def _fail(exit_code: int, message: str) -> int:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    """Say on one line, whatever is in it, what is wrong."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    print(f"{PROGRAM}: {line}", file=sys.stderr)
     return exit_code

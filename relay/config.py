@@ -24,6 +24,9 @@ class Config:
     listen_port: int
     lowest_port: int
     highest_port: int
+    token: str | None = field(repr=False)  # for the portal; without one there is no portal
+    api_url: str
+    name: str | None
     relay_secret: str | None = field(repr=False)
     allow_peers: tuple[str, ...]  # CIDR
     deny_peers: tuple[str, ...]
@@ -44,7 +47,7 @@ class Config:
                 f"the only relay port, {self.lowest_port}, is the listen-port: none is left"
             )
         if self.public_ip4 is None and self.public_ip6 is None:
-            raise ConfigError("neither public-ip4-addr nor public-ip6-addr: no address to lend")
+            raise ConfigError("public-ip4-addr or public-ip6-addr is needed with a token")
 
     @property
     def public_hosts(self) -> dict[Family, str]:

@@ -2,13 +2,14 @@
 
 import errno
 import logging
+import platform
 import random
 import resource
 import secrets
 import signal
 import time
 from functools import partial
-from typing import Final
+from typing import Final, assert_never
 
 from relay import sandbox
 from relay.config import Config
@@ -19,24 +20,37 @@ from relay.net.mailbox import Mailbox
 from relay.net.reactor import Reactor, log_bug
 from relay.net.signals import Signals
 from relay.net.udp import LISTEN_BUFFER, ListeningSocket, RelayPorts, bind_udp
+from relay.portal.client import PortalClient
+from relay.portal.endpoint import endpoint
+from relay.portal.phoenix import (
+    PortalEvent,
+    PortalLost,
+    PortalReady,
+    PortalRefused,
+    PortalUnavailable,
+)
 from relay.stun.address import Address, format_endpoint
 from relay.stun.const import Family
 from relay.turn.auth import Authenticator, mint
 from relay.turn.channeldata import HEADER_SIZE
 from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server, Settings
+from relay.version import __version__
 
 logger = logging.getLogger("relay.daemon")
 
+# From <sysexits.h>.
+EX_UNAVAILABLE: Final = 69
 EX_OSERR: Final = 71
 EX_CANTCREAT: Final = 73
+EX_NOPERM: Final = 77
 
 SPARE_DESCRIPTORS: Final = 64  # for everything but relay ports
 WELCOME_LIFETIME: Final = 24 * 3600  # seconds for which the credential printed at start is good
 
 
-class StartError(Exception):
-    """The relay cannot start. *exit_code* is the one to end with."""
+class DaemonError(Exception):
+    """The relay cannot start, or cannot go on. *exit_code* is the one to end with."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
@@ -48,15 +62,16 @@ class StopRequested:
 
 
 class Daemon:
-    """A relay with its sockets bound, ready to run. Raises StartError if it cannot be."""
+    """A relay with its sockets bound, ready to run. Raises DaemonError if it cannot be."""
 
     def __init__(self, config: Config) -> None:
         """Bind the listening sockets and build everything behind them."""
         self._config = config
         self.counters = Counters()
         self.reactor = Reactor(on_bug=self._on_bug)
-        self.mailbox: Mailbox[StopRequested] = Mailbox(lambda _: self.stop())
-        self._draining = False
+        self.mailbox: Mailbox[StopRequested | PortalEvent] = Mailbox(self._on_mail)
+        self._serving = self._draining = False
+        self._failure: DaemonError | None = None
         rng = secrets.SystemRandom() if config.rng_seed is None else _seeded(config.rng_seed)
         self._secret = config.relay_secret or rng.randbytes(32).hex()
         self._welcome_salt = rng.randbytes(8).hex()
@@ -98,36 +113,52 @@ class Daemon:
             counters=self.counters,
         )
         for listener in self._listeners.values():
-            self.reactor.register(
-                listener, partial(listener.receive, self.forwarder.on_client_datagram)
-            )
+            self.reactor.register(listener, partial(listener.receive, self._not_yet))
         self.reactor.register(self.mailbox, self.mailbox.deliver)
+        self._portal = None if config.token is None else self._portal_client(config.token)
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT and the end of draining. For the main thread."""
-        sandbox.enter()
+        """Serve until SIGTERM or SIGINT and the end of draining. For the main thread.
+
+        Raises DaemonError if the portal ends it.
+        """
+        sandbox.enter()  # before there is any other thread
         with Signals((signal.SIGTERM, signal.SIGINT), self._on_signal) as signals:
             self.reactor.register(signals, signals.deliver)
-            self._welcome()
             self.serve()
 
     def serve(self) -> None:
-        """Serve until :meth:`stop` and the end of draining, then close everything."""
+        """Serve until :meth:`stop` and the end of draining, then close everything.
+
+        Raises DaemonError if the portal ends it.
+        """
         try:
+            if self._portal is None:
+                self._welcome()
+                self._begin()
+            else:
+                logger.info("waiting for the portal at %s", self._config.api_url)
+                self._portal.start()
             self.reactor.run()
         finally:
+            if self._portal is not None:
+                self._portal.stop()
             self.forwarder.close()
             for listener in self._listeners.values():
                 listener.close()
             self.mailbox.close()
             self.reactor.close()
             self._farewell()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """Refuse new allocations and end when there are none; asked again, end at once."""
         if self._draining or not self.server.allocations:
             self.reactor.stop()
             return
+        if self._portal is not None:
+            self._portal.stop()  # it must not send us anyone new
         self._draining = True
         self.server.drain()
         self.forwarder.on_last_port_closed = self.reactor.stop
@@ -136,6 +167,63 @@ class Daemon:
             "draining: %d allocations left, at most %d s",
             self.server.allocations,
             self._config.drain_timeout,
+        )
+
+    def _on_mail(self, item: StopRequested | PortalEvent) -> None:
+        match item:
+            case StopRequested():
+                self.stop()
+            case PortalReady():
+                self._begin()
+            case PortalLost(detail):
+                logger.warning("%s%s", detail, "; relaying meanwhile" if self._serving else "")
+            case PortalRefused(detail):
+                self._fail(EX_NOPERM, detail)
+            case PortalUnavailable(detail):
+                self._fail(EX_UNAVAILABLE, detail)
+            case _:
+                assert_never(item)
+
+    def _fail(self, exit_code: int, detail: str) -> None:
+        self._failure = DaemonError(exit_code, detail)
+        self.reactor.stop()
+
+    def _begin(self) -> None:
+        """Answer and relay from here on. Once is enough: the portal says init on every join."""
+        if self._serving:
+            return
+        self._serving = True
+        for listener in self._listeners.values():
+            self.reactor.reassign(
+                listener, partial(listener.receive, self.forwarder.on_client_datagram)
+            )
+        listening = [format_endpoint(*one.address[:2]) for one in self._listeners.values()]
+        logger.info(
+            "relaying: listening on %s, allocations on ports %d-%d",
+            " and ".join(listening),
+            self._config.lowest_port,
+            self._config.highest_port,
+        )
+
+    def _not_yet(self, _size: int, _client: object) -> None:
+        """Drop a datagram: the portal has not said that we may serve."""
+        self.counters.dropped["not_serving"] += 1
+
+    def _portal_client(self, token: str) -> PortalClient:
+        config = self._config
+        parameters = {
+            "name": config.name,
+            "ipv4": config.public_ip4,
+            "ipv6": config.public_ip6,
+            "port": config.listen_port,
+        }
+        return PortalClient(
+            endpoint(config.api_url, parameters),
+            token=token,
+            secret=self._secret,
+            # The portal looks for a word that begins with relay/.
+            user_agent=f"{platform.system()}/{platform.release()} relay/{__version__}",
+            post=self.mailbox.post,
         )
 
     def _on_signal(self, number: int) -> None:
@@ -153,7 +241,7 @@ class Daemon:
         except OSError as error:
             where = format_endpoint(host, port)
             in_use = error.errno == errno.EADDRINUSE
-            raise StartError(
+            raise DaemonError(
                 EX_CANTCREAT if in_use else EX_OSERR,
                 f"cannot listen on {where} (UDP): {error.strerror}",
             ) from error
@@ -183,15 +271,6 @@ class Daemon:
         print(f"username:   {username}")
         print(f"credential: {password}")
         print(f"(good until {until}; --mint makes others)", flush=True)
-        if config.rng_seed is not None:
-            logger.warning("rng-seed is set: secrets, nonces and ports can be predicted")
-        listening = [format_endpoint(*one.address[:2]) for one in self._listeners.values()]
-        logger.info(
-            "relaying: listening on %s, allocations on ports %d-%d",
-            " and ".join(listening),
-            config.lowest_port,
-            config.highest_port,
-        )
 
     def _farewell(self) -> None:
         dropped = ", ".join(f"{count} {why}" for why, count in self.counters.dropped.items())
@@ -199,6 +278,7 @@ class Daemon:
 
 
 def _seeded(seed: int) -> random.Random:
+    logger.warning("rng-seed is set: secrets, nonces and ports can be predicted")
     return random.Random(seed)  # noqa: S311 - asked for, and warned about
 
 

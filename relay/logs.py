@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from pythonjsonlogger.json import JsonFormatter
 
@@ -50,14 +50,21 @@ def configure(log_format: str, levels: dict[str, int]) -> None:
 
 
 class _HumanFormatter(logging.Formatter):
-    """One line a record, so that nothing from the wire can forge another one."""
+    """One line a record, so that nothing from the wire can forge another one.
+
+    A traceback takes more; its lines are indented.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        return re.sub(
-            r"[^\x20-\x7e\xa0-\U0010ffff]",
-            lambda match: repr(match[0])[1:-1],
-            super().formatMessage(record),
-        )
+        return _escaped(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802, ANN401
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(f"    {_escaped(line)}" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]", lambda match: repr(match[0])[1:-1], text)
 
 
 class Brake(logging.Filter):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from relay.logs import FORMATS, parse_levels
+from relay.portal.endpoint import endpoint
 from relay.stun.address import unpack_host
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
 
@@ -115,8 +116,8 @@ def _log_levels(text: str) -> str:
 
 
 def _software(text: str) -> str:
-    if len(text.encode()) > 763 or not text.isprintable():
-        raise ValueError("not printable, or longer than 763 bytes")
+    if len(text.encode()) > 763 or not text.isprintable() or text != text.strip() or not text:
+        raise ValueError("not printable, or longer than 763 bytes, or with blanks at its ends")
     return text
 
 
@@ -135,9 +136,41 @@ def _secret_file(text: str) -> str:
     return secret
 
 
+def parse_token(text: str) -> str:
+    """Return a token without any white space. Raises ValueError, which does not quote it."""
+    token = "".join(text.split())
+    if not token:
+        raise ValueError("is empty")
+    if not token.isascii() or not token.isprintable():
+        raise ValueError("holds characters that no token has")
+    return token
+
+
+def read_token_file(path: str) -> str:
+    """Read a token from a file. Raises ValueError, which does not quote it."""
+    try:
+        return parse_token(Path(path).read_text(encoding="ascii"))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("holds characters that no token has") from None
+
+
+def _api_url(text: str) -> str:
+    endpoint(text, {})
+    return text
+
+
+def _name(text: str) -> str:
+    if len(text) > 255 or not text.isprintable() or text != text.strip():
+        raise ValueError("not printable, or longer than 255 characters, or with blanks at its ends")
+    return text
+
+
 _port = _number(1, 65535, "a port from 1 to 65535")
 
 ADDRESSES: Final = "addresses and ports"
+PORTAL: Final = "portal"
 CREDENTIALS: Final = "credentials"
 PEERS: Final = "who may be reached, and how many may ask"
 OPERATION: Final = "operation"
@@ -147,8 +180,8 @@ OPTIONS: Final = (
         "public-ip4-addr",
         "PUBLIC_IP4_ADDR",
         _public(_ipv4),
-        "IPv4 address at which clients and peers reach this relay (default: if neither family "
-        "is given, what the routing table says, or loopback)",
+        "IPv4 address at which clients and peers reach this relay (default, without "
+        "a token and if neither is given: what the routing table says, or loopback)",
         ADDRESSES,
         metavar="ADDR",
         field="public_ip4",
@@ -213,6 +246,35 @@ OPTIONS: Final = (
         field="highest_port",
     ),
     Option(
+        "token-file",
+        "FIREZONE_TOKEN_FILE",
+        read_token_file,
+        "file with the token for Firezone's portal; it can also be in FIREZONE_TOKEN, itself or "
+        "as a path. With a token the relay serves once the portal says so, without one at once",
+        PORTAL,
+        metavar="FILE",
+        field="token",
+    ),
+    Option(
+        "api-url",
+        "FIREZONE_API_URL",
+        _api_url,
+        "where the portal is",
+        PORTAL,
+        default="wss://api.firezone.dev",
+        metavar="URL",
+        field="api_url",
+    ),
+    Option(
+        "name",
+        "FIREZONE_NAME",
+        _name,
+        "how the portal is to call this relay",
+        PORTAL,
+        metavar="NAME",
+        field="name",
+    ),
+    Option(
         "relay-secret-file",
         "RELAY_SECRET_FILE",
         _secret_file,
@@ -246,9 +308,9 @@ OPTIONS: Final = (
         "one-allocation-per-username",
         "ONE_ALLOCATION_PER_USERNAME",
         _switch,
-        "an Allocate ends what the same username holds on another socket",
+        "an Allocate ends what the same username holds on another socket "
+        "(default: on with a portal, else off)",
         PEERS,
-        default="false",
         field="one_allocation_per_username",
     ),
     Option(

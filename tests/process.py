@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import IO, Self
 
 SECRET = "4c98bf59c99b3e467ecd7cf9d6b3e5279645fca59be67bc5bb4af3cf653761ab"
+TIMEOUT = 30  # seconds; only a failing test waits for so long
 CHECKOUT = Path(__file__).parent.parent
 LOOPBACK = (
     "--public-ip4-addr=127.0.0.1",
@@ -43,7 +45,8 @@ class RelayProcess:
     """A running relay. Entering waits until it says that it serves; leaving ends it.
 
     ``port`` is the listening port, ``username`` and ``password`` the credential that it
-    printed. *prefix* may hold a command that runs it elsewhere, such as ``ip netns exec``.
+    printed. With a *portal* it prints none, and entering waits for nothing:
+    ``logs()`` does. *prefix* may hold a command that runs it elsewhere, such as ``ip netns exec``.
     """
 
     def __init__(
@@ -53,11 +56,16 @@ class RelayProcess:
         prefix: tuple[str, ...] = (),
         loopback: bool = True,
         variables: Mapping[str, str] | None = None,
+        portal: bool = False,
     ) -> None:
         self.port = port
+        self._portal = portal
         self.username = self.password = ""
         self.welcome: list[str] = []  # what it printed before it was ready
-        self._errors = ""
+        self._log: list[str] = []
+        self._log_grows = threading.Condition()
+        self._log_ended = False
+        self._log_reader = threading.Thread(target=self._read_log)
         self._command = [
             *prefix,
             sys.executable,
@@ -77,6 +85,9 @@ class RelayProcess:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._log_reader.start()
+        if self._portal:
+            return self
         for line in _pipe(self.process.stdout):
             self.welcome.append(line.rstrip("\n"))
             name, _, value = line.partition(":")
@@ -87,7 +98,7 @@ class RelayProcess:
             if line.startswith("(good until"):
                 return self
         self.wait()
-        raise AssertionError(f"the relay did not start: {self._errors}")
+        raise AssertionError(f"the relay did not start: {self.errors()}")
 
     def __exit__(
         self,
@@ -107,21 +118,43 @@ class RelayProcess:
         return self.process.pid
 
     def wait(self) -> int:
-        """Wait for the end and return the exit code; errors() then has the whole log."""
+        """Wait for the end and return the exit code."""
         try:
-            _, errors = self.process.communicate(timeout=30)
+            self.process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            _, errors = self.process.communicate()
+            self.process.wait()
             raise
-        except ValueError:  # communicated before
-            errors = ""
-        self._errors += errors or ""
+        finally:
+            self._log_reader.join()
+            _pipe(self.process.stdout).close()
         return self.process.returncode
 
+    def logs(self, text: str) -> str:
+        """Wait for a line of the log that holds *text*, and return it."""
+        seen = 0
+        with self._log_grows:
+            while True:
+                for line in self._log[seen:]:
+                    if text in line:
+                        return line
+                seen = len(self._log)
+                if self._log_ended or not self._log_grows.wait(TIMEOUT):
+                    raise AssertionError(f"{text!r} is not logged: {self.errors()}")
+
     def errors(self) -> str:
-        """Return what it logged. Only after its end."""
-        return self._errors
+        """Return what it has logged so far; after its end, all of it."""
+        return "".join(self._log)
+
+    def _read_log(self) -> None:
+        with _pipe(self.process.stderr) as log:
+            for line in log:
+                with self._log_grows:
+                    self._log.append(line)
+                    self._log_grows.notify_all()
+        with self._log_grows:
+            self._log_ended = True
+            self._log_grows.notify_all()
 
 
 def free_port() -> int:

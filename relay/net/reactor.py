@@ -67,6 +67,10 @@ class Reactor:
         self._epoll.register(fd, select.EPOLLIN)
         self._handlers[fd] = on_readable
 
+    def reassign(self, source: Closable, on_readable: Handler) -> None:
+        """Call *on_readable* for *source* instead of what it was registered with."""
+        self._handlers[source.fileno()] = on_readable
+
     def retire(self, source: Closable) -> None:
         """Stop serving *source* at once, and close it after the present batch.
 

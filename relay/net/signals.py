@@ -13,7 +13,11 @@ from typing import Self
 
 
 class Signals:
-    """Catches signals between ``__enter__`` and ``__exit__``. Main thread only."""
+    """Catches signals between ``__enter__`` and ``__exit__``. Main thread only.
+
+    They stay harmless after that: one that comes as the process ends must not turn a clean exit
+    into a death by signal.
+    """
 
     def __init__(self, caught: Iterable[signal.Signals], on_signal: Callable[[int], None]) -> None:
         """Take which signals to catch, and what to do with each one's number."""
@@ -27,7 +31,8 @@ class Signals:
         # A full buffer means that signals are waiting already: nothing is lost.
         self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         # A Python handler must exist, or the default action would end the process.
-        self._old = {number: signal.signal(number, _ignore) for number in self._caught}
+        for number in self._caught:
+            signal.signal(number, _ignore)
         return self
 
     def __exit__(
@@ -36,8 +41,6 @@ class Signals:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_fd)
         self.close()
 
