@@ -146,13 +146,14 @@ class Phoenix:
             topic, event, payload = frame["topic"], frame["event"], frame["payload"]
             reply_to = _number(frame.get("ref"))
         except (ValueError, TypeError, KeyError, RecursionError):
-            logger.warning("not a Phoenix frame, ignored: %r", text[:LONGEST_DETAIL])
+            self._ignore(text)
             return
         match topic, event:
             case "phoenix", "phx_reply":
                 self._unanswered.discard(reply_to)
             case "relay", "phx_reply":
-                self._on_reply(reply_to, payload, now)
+                if not self._on_reply(reply_to, payload, now):
+                    self._ignore(text)
             case "relay", "init":
                 logger.info("the portal says init")
                 self._outputs.append(PortalReady())
@@ -161,7 +162,7 @@ class Phoenix:
             case _, "disconnect" if _get(payload, "reason") == "token_expired":
                 self._refused("token_expired")
             case _:
-                logger.warning("ignored from the portal: %r on %r: %s", event, topic, _say(payload))
+                self._ignore(text)
 
     def handle_rejected(
         self, status: int, headers: Mapping[str, str], body: str, *, now: float, unix_now: float
@@ -225,21 +226,30 @@ class Phoenix:
         self._unanswered.add(self._send("phoenix", "heartbeat", {}))
         self._heartbeat_at = now + HEARTBEAT_INTERVAL
 
-    def _on_reply(self, reply_to: int | None, payload: object, now: float) -> None:
+    def _on_reply(self, reply_to: int | None, payload: object, now: float) -> bool:
+        """Take a reply on our topic; return whether it means anything."""
         status, response = _get(payload, "status"), _get(payload, "response")
         if status == "error" and _get(response, "reason") == "unmatched topic":
             # The portal has lost the channel, not the connection.
             logger.info("the portal does not know of our join: joining again")
             self._state = State.JOINING
             self._join_at, self._join_by = now + REJOIN_INTERVAL, inf
+            self._give_up_at = min(self._give_up_at, now + GIVE_UP_AFTER)
         elif reply_to != self._join_ref or self._state is not State.JOINING:
-            logger.warning("ignored from the portal: a reply to nothing: %s", _say(payload))
+            return False
         elif status == "ok":
             logger.info("joined the portal at %s", self._portal)
             self._state = State.JOINED
-            self._retries, self._give_up_at, self._join_by = 0, inf, inf
+            self._retries = 0
+            self._give_up_at = self._join_at = self._join_by = inf
         elif status == "error":
             self._refused(_say(response))
+        else:
+            return False
+        return True
+
+    def _ignore(self, text: str) -> None:
+        logger.warning("ignored from the portal: %s", _say(text))
 
     def _send(self, topic: str, event: str, payload: dict[str, str]) -> int:
         """Send a frame and return its ref; refs begin at 0 on each connection."""
@@ -291,7 +301,10 @@ def _get(mapping: object, key: str) -> Any:  # noqa: ANN401
 
 def _say(said: object) -> str:
     """Return the portal's words on one line, not too long."""
-    text = said if isinstance(said, str) else json.dumps(said)
+    try:
+        text = said if isinstance(said, str) else json.dumps(said)
+    except RecursionError:
+        text = "something too deep to say"
     return " ".join("".join(c if c.isprintable() else " " for c in text[:LONGEST_DETAIL]).split())
 
 
