@@ -39,6 +39,7 @@ LARGEST_ANSWER: Final = 64 << 10  # bytes of an HTTP answer
 LARGEST_MESSAGE: Final = 1 << 20  # bytes
 STOP_TIMEOUT: Final = 0.1  # seconds
 
+LONGEST_REASON: Final = 200  # characters
 SWITCHING_PROTOCOLS: Final = 101
 
 
@@ -95,7 +96,9 @@ class PortalClient:
                 try:
                     self._carry_out(phoenix)
                     self._wait(phoenix)
-                except (OSError, StreamError, WebSocketException) as error:
+                except Stopped:
+                    raise
+                except Exception as error:  # noqa: BLE001 - of bytes from outside, anything can come
                     self._disconnect()
                     phoenix.handle_closed(_reason(error), time.monotonic())
                 phoenix.handle_timeout(time.monotonic())
@@ -131,7 +134,8 @@ class PortalClient:
         if self._stream is None or self._websocket is None:
             self._stop.wait(timeout)
         elif self._stream.wait(timeout):
-            self._stream.allow(MESSAGE_TIMEOUT, LARGEST_MESSAGE)
+            if self._websocket.cont_frame.cont_data is None:  # else a message goes on
+                self._stream.allow(MESSAGE_TIMEOUT, LARGEST_MESSAGE)
             # Not recv(): that returns '' for an empty message as well as for a close.
             opcode, frame = self._websocket.recv_data_frame(control_frame=True)
             if opcode == ABNF.OPCODE_TEXT:
@@ -188,10 +192,14 @@ class PortalClient:
         proxy = proxies.get("https" if portal.is_secure else "http") or proxies.get("all")
         if not proxy or proxy_bypass(f"{portal.host}:{portal.port}"):
             return dial(portal.host, portal.port, self._stop, DIAL_TIMEOUT)
-        split = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        if split.scheme != "http" or not split.hostname:
+        try:
+            split = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            host, port = split.hostname, split.port or 80
+        except ValueError:
+            host = None
+        if host is None or split.scheme != "http":
             raise StreamError("the proxy in the environment is not http://HOST:PORT")
-        stream = dial(split.hostname, split.port or 80, self._stop, DIAL_TIMEOUT)
+        stream = dial(host, port, self._stop, DIAL_TIMEOUT)
         self._stream = stream
         stream.allow(HANDSHAKE_TIMEOUT, LARGEST_ANSWER)
         _tunnel(stream, portal, split)
@@ -248,4 +256,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, WebSocketConnectionClosedException):
         return "it closed the connection"
     strerror: str | None = getattr(error, "strerror", None)
-    return strerror or str(error) or type(error).__name__
+    reason = strerror or str(error) or type(error).__name__
+    if not isinstance(error, OSError | StreamError | WebSocketException):
+        reason = f"{type(error).__name__}: {reason}"
+    return "".join(c if c.isprintable() else " " for c in reason[:LONGEST_REASON])

@@ -29,7 +29,11 @@ def endpoint(api_url: str, parameters: Mapping[str, str | int | None]) -> Endpoi
     if not split.hostname or split.username is not None or split.query or split.fragment:
         raise ValueError("is not just a host, with perhaps a port and a path")
     is_secure = _SCHEMES[split.scheme] == "wss"
-    port = split.port or (443 if is_secure else 80)  # ValueError if it is no port
+    port = split.port  # ValueError if it is no port
+    if port == 0:
+        raise ValueError("names port 0")
+    if port is None:
+        port = 443 if is_secure else 80
     query = urlencode({name: value for name, value in parameters.items() if value is not None})
     path = split.path.rstrip("/") + "/relay/websocket"
     url = SplitResult(_SCHEMES[split.scheme], split.netloc, path, query, "").geturl()

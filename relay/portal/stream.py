@@ -94,6 +94,7 @@ class Stream:
     def wait(self, timeout: float) -> bool:
         """Wait for something to read, up to *timeout* seconds; tell if it came. Raises Stopped."""
         if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            self._stop.wait(0)  # in a flood this may be the only wait
             return True
         return self._stop.wait_for(self._sock.fileno(), select.POLLIN, time.monotonic() + timeout)
 
