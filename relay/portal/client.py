@@ -39,6 +39,7 @@ LARGEST_ANSWER: Final = 64 << 10  # bytes of an HTTP answer
 LARGEST_MESSAGE: Final = 1 << 20  # bytes
 STOP_TIMEOUT: Final = 0.1  # seconds
 
+EXPECTED: Final = (OSError, StreamError, WebSocketException)  # when a connection fails
 LONGEST_REASON: Final = 200  # characters
 SWITCHING_PROTOCOLS: Final = 101
 
@@ -98,7 +99,9 @@ class PortalClient:
                     self._wait(phoenix)
                 except Stopped:
                     raise
-                except Exception as error:  # noqa: BLE001 - of bytes from outside, anything can come
+                except Exception as error:
+                    if not isinstance(error, EXPECTED):
+                        logger.debug("unexpected from the portal", exc_info=True)
                     self._disconnect()
                     phoenix.handle_closed(_reason(error), time.monotonic())
                 phoenix.handle_timeout(time.monotonic())
@@ -118,7 +121,7 @@ class PortalClient:
                 case Send(text):
                     assert self._websocket is not None
                     assert self._stream is not None
-                    self._stream.allow(SEND_TIMEOUT, 0)
+                    self._stream.allow(SEND_TIMEOUT)
                     self._websocket.send(text)
                 case Disconnect():
                     self._disconnect()
@@ -199,7 +202,10 @@ class PortalClient:
             host = None
         if host is None or split.scheme != "http":
             raise StreamError("the proxy in the environment is not http://HOST:PORT")
-        stream = dial(host, port, self._stop, DIAL_TIMEOUT)
+        try:
+            stream = dial(host, port, self._stop, DIAL_TIMEOUT)
+        except StreamError as error:
+            raise StreamError(f"the proxy: {error}") from error
         self._stream = stream
         stream.allow(HANDSHAKE_TIMEOUT, LARGEST_ANSWER)
         _tunnel(stream, portal, split)
@@ -257,6 +263,6 @@ def _reason(error: Exception) -> str:
         return "it closed the connection"
     strerror: str | None = getattr(error, "strerror", None)
     reason = strerror or str(error) or type(error).__name__
-    if not isinstance(error, OSError | StreamError | WebSocketException):
+    if not isinstance(error, EXPECTED):
         reason = f"{type(error).__name__}: {reason}"
     return "".join(c if c.isprintable() else " " for c in reason[:LONGEST_REASON])

@@ -314,7 +314,7 @@ def _retry_after(value: str | None, unix_now: float) -> float | None:
         return None
     value = value.strip()
     if value.isascii() and value.isdigit():
-        return min(float(value[:18]), GIVE_UP_AFTER)
+        return min(float(value[:18]), GIVE_UP_AFTER) or None  # 0 would be no delay at all
     try:
         delay = parsedate_to_datetime(value).timestamp() - unix_now
     except (ValueError, TypeError, OverflowError):

@@ -75,11 +75,16 @@ class Stream:
         self._stop = stop
         self._deadline = 0.0
         self._allowance = 0
+        self._ahead = b""  # what wait() had to read, to know that there is something
 
-    def allow(self, seconds: float, size: int) -> None:
-        """Let what follows take so many *seconds*, and read at most *size* bytes."""
+    def allow(self, seconds: float, size: int | None = None) -> None:
+        """Let what follows take so many *seconds*, and read at most *size* bytes.
+
+        Without *size*, what may still be read stays as it is.
+        """
         self._deadline = time.monotonic() + seconds
-        self._allowance = size
+        if size is not None:
+            self._allowance = size
 
     def secure(self, context: ssl.SSLContext, host: str) -> None:
         """Turn to TLS. Raises StreamError, Stopped."""
@@ -93,14 +98,30 @@ class Stream:
 
     def wait(self, timeout: float) -> bool:
         """Wait for something to read, up to *timeout* seconds; tell if it came. Raises Stopped."""
-        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
-            self._stop.wait(0)  # in a flood this may be the only wait
-            return True
-        return self._stop.wait_for(self._sock.fileno(), select.POLLIN, time.monotonic() + timeout)
+        deadline = time.monotonic() + timeout
+        while not self._ahead:
+            if not self._is_pending() and not self._stop.wait_for(
+                self._sock.fileno(), select.POLLIN, deadline
+            ):
+                return False
+            self._stop.wait(0)  # in a flood there is always something pending
+            if not isinstance(self._sock, ssl.SSLSocket):
+                return True
+            try:
+                self._ahead = self._sock.recv(1)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                continue  # a record with nothing for us: a ticket, a new key
+            return True  # of the end as well
+        return True
+
+    def _is_pending(self) -> bool:
+        return isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
 
     def recv(self, size: int) -> bytes:
         """Read up to *size* bytes, none at the end. Raises StreamError, Stopped, OSError."""
-        received: bytes = self._retry(self._sock.recv, size)
+        received, self._ahead = self._ahead, b""
+        if not received:
+            received = self._retry(self._sock.recv, size)
         self._allowance -= len(received)
         if self._allowance < 0:
             raise StreamError("a message is too large")
