@@ -30,7 +30,13 @@ BELOW_THE_DAEMON: Final = (
 MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
     "relay.__main__": ("relay.cli",),
     "relay.cli": ("relay.options", "relay.daemon", *BELOW_THE_DAEMON),
-    "relay.options": ("relay.config", "relay.logs", "relay.stun.address", "relay.turn.channeldata"),
+    "relay.options": (
+        "relay.config",
+        "relay.logs",
+        "relay.portal.endpoint",
+        "relay.stun.address",
+        "relay.turn.channeldata",
+    ),
     "relay.daemon": BELOW_THE_DAEMON,
     "relay.config": ("relay.turn.channeldata", "relay.stun.address", "relay.stun.const"),
     "relay.logs": (),
