@@ -1,6 +1,7 @@
 """From flags, environment and file to a ``Config``, and from how it ends to an exit code."""
 
 import argparse
+import functools
 import glob
 import json
 import logging
@@ -71,6 +72,7 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
 
     Raises UsageError for a bad command line, ConfigError for a bad value.
     """
+    _value.cache_clear()
     variables, bad_variable = _variables(environment)
     namespace = _parser(_given_file(argv)).parse_args(list(argv), env_vars=variables)
     if bad_variable is not None:  # only now: --help should help
@@ -221,9 +223,16 @@ def _find_public_addresses(values: dict[str, Any], texts: dict[str, tuple[str, .
 def _parse(option: Option, text: str, source: str) -> Any:  # noqa: ANN401
     """Read one value. Raises ConfigError with the option, the value and its *source*."""
     try:
-        return option.parse(text)
+        return _value(option, text)
     except ValueError as error:
         raise ConfigError(f"{option.name} {text!r}: {error} ({source})") from None
+
+
+@functools.cache  # a file may be a pipe, which can be read only once
+def _value(option: Option, text: str) -> Any:  # noqa: ANN401
+    if not text.isprintable():
+        raise ValueError("holds control characters")
+    return option.parse(text)
 
 
 def _texts(given: object) -> tuple[str, ...]:
@@ -233,8 +242,10 @@ def _texts(given: object) -> tuple[str, ...]:
             return ()
         case bool():
             return (str(given).lower(),)
+        case []:
+            return ("--",)  # argparse drops it, although it is a value here
         case list():
-            return tuple(given)
+            return tuple("--" if text == [] else text for text in given)
         case _:
             return (str(given),)
 

@@ -116,8 +116,8 @@ def _log_levels(text: str) -> str:
 
 
 def _software(text: str) -> str:
-    if len(text.encode()) > 763 or not text.isprintable() or text != text.strip() or not text:
-        raise ValueError("not printable, or longer than 763 bytes, or with blanks at its ends")
+    if not 0 < len(text.encode()) <= 763 or text != text.strip():
+        raise ValueError("empty, or longer than 763 bytes, or with blanks at its ends")
     return text
 
 
@@ -162,8 +162,8 @@ def _api_url(text: str) -> str:
 
 
 def _name(text: str) -> str:
-    if len(text) > 255 or not text.isprintable() or text != text.strip():
-        raise ValueError("not printable, or longer than 255 characters, or with blanks at its ends")
+    if not 0 < len(text) <= 255 or text != text.strip():
+        raise ValueError("empty, or longer than 255 characters, or with blanks at its ends")
     return text
 
 

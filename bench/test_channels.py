@@ -1,0 +1,119 @@
+"""How much of a relayed datagram's time is ours, between its read and its send.
+
+One call takes a datagram that lies in the buffer, looks up its route among those of
+:data:`CLIENTS` clients and hands it to a socket that does nothing. The kernel takes a
+multiple of that for its read and its send; ``test_round_trip.py`` measures it all.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from relay.forwarder import LARGEST_DATAGRAM, Forwarder
+from relay.metrics import Counters
+from relay.stun.attributes import Attr
+from relay.stun.const import UDP_PROTOCOL, Family, Method
+from relay.turn.channeldata import HEADER_SIZE, RFC8656_NUMBERS
+from relay.turn.commands import ClientAddress, PeerAddress
+from tests.scenario import UNIX_START, Scenario, channel_data
+
+CLIENTS: Final = 1000
+NUMBER: Final = 0x4000
+PEER: Final = PeerAddress(("198.51.100.7", 9000))
+PAYLOAD: Final = bytes(1200)
+OFTEN: Final = {"rounds": 100, "iterations": 1000}  # one call is too short to be timed
+
+
+def test_client_to_peer(benchmark: BenchmarkFixture, table: "Table") -> None:
+    datagram = channel_data(NUMBER, PAYLOAD)
+    table.buffer[: len(datagram)] = datagram
+
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        table.forwarder.on_client_datagram,
+        args=(len(datagram), table.clients[CLIENTS // 2]),
+        **OFTEN,
+    )
+
+    assert not table.counters.dropped
+
+
+def test_peer_to_client(benchmark: BenchmarkFixture, table: "Table") -> None:
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        table.on_peer_datagram[CLIENTS // 2], args=(len(PAYLOAD), PEER), **OFTEN
+    )
+
+    assert not table.counters.dropped
+
+
+def test_unknown_channel(benchmark: BenchmarkFixture, table: "Table") -> None:
+    """What is dropped should not cost more than what is relayed."""
+    datagram = channel_data(NUMBER + 1, PAYLOAD)
+    table.buffer[: len(datagram)] = datagram
+
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        table.forwarder.on_client_datagram,
+        args=(len(datagram), table.clients[CLIENTS // 2]),
+        **OFTEN,
+    )
+
+    assert set(table.counters.dropped) == {"unbound_channel"}
+
+
+class Nothing:
+    """A socket."""
+
+    def send(self, datagram: memoryview | bytes, to: Any) -> None:  # noqa: ANN401
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Table:
+    """A forwarder with one channel for each of many clients."""
+
+    def __init__(self) -> None:
+        relay = Scenario()
+        self.buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
+        self.counters = Counters()
+        self.clients: list[ClientAddress] = []
+        self.on_peer_datagram: list[Callable[[int, PeerAddress], None]] = []
+        self.forwarder = Forwarder(
+            relay.server,
+            buffer=self.buffer,
+            listeners=dict.fromkeys(Family, Nothing()),
+            open_port=self._open_port,
+            public_hosts=relay.public_hosts,
+            channel_numbers=RFC8656_NUMBERS,
+            timers=relay.time,
+            unix_clock=lambda: UNIX_START,
+            counters=self.counters,
+        )
+        requests = []
+        for number in range(CLIENTS):
+            client = relay.client(f"192.0.2.10:{10000 + number}")
+            self.clients.append(client.address)
+            requests += [
+                client.signed(Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL)),
+                client.signed(
+                    Method.CHANNEL_BIND,
+                    (Attr.CHANNEL_NUMBER, NUMBER),
+                    (Attr.XOR_PEER_ADDRESS, PEER),
+                ),
+            ]
+        for number, request in enumerate(requests):
+            self.buffer[: len(request)] = request
+            self.forwarder.on_client_datagram(len(request), self.clients[number // 2])
+
+    def _open_port(
+        self, _family: Family, _port: int, on_datagram: Callable[[int, PeerAddress], None]
+    ) -> Nothing:
+        self.on_peer_datagram.append(on_datagram)
+        return Nothing()
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table()

@@ -1,0 +1,1010 @@
+"""From flags, environment and file to a configuration; from how it ends to an exit code."""
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from relay.cli import Command, main, read
+from relay.config import ConfigError
+from relay.options import OPTIONS, Option
+from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
+from relay.version import __version__
+from tests.process import RelayProcess, free_port, run
+from tests.turnclient import TurnClient, TurnError
+
+SECRET: Final = "4c98bf59c99b3e467ecd7cf9d6b3e5279645fca59be67bc5bb4af3cf653761ab"
+OTHER_SECRET: Final = "1cab293a-4032-46f4-862a-40e5d174b0d2"
+
+# For each option two texts that are not its default, and what they mean. The files are
+# those of the fixture ``directory``.
+SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
+    "public-ip4-addr": (("192.0.2.1", "192.0.2.1"), ("127.0.0.1", "127.0.0.1")),
+    "public-ip6-addr": (("2001:DB8:0::1", "2001:db8::1"), ("::1", "::1")),
+    "bind-ip4-addr": (("192.0.2.1", "192.0.2.1"), ("127.0.0.1", "127.0.0.1")),
+    "bind-ip6-addr": (("2001:db8::1", "2001:db8::1"), ("::1", "::1")),
+    "listen-port": (("1", 1), ("65535", 65535)),
+    "lowest-port": (("50000", 50000), ("65535", 65535)),
+    "highest-port": (("49152", 49152), ("60000", 60000)),
+    "token-file": (("secret", SECRET), ("other-secret", OTHER_SECRET)),
+    "api-url": (("ws://[::1]:8080/a", "ws://[::1]:8080/a"), ("wss://x.test", "wss://x.test")),
+    "name": (("relay-1", "relay-1"), ("Zürich (West)", "Zürich (West)")),
+    "relay-secret-file": (("secret", SECRET), ("other-secret", OTHER_SECRET)),
+    "allow-peer": (
+        ("10.0.0.0/8", ("10.0.0.0/8",)),
+        ("192.0.2.7,2001:db8::/32", ("192.0.2.7/32", "2001:db8::/32")),
+    ),
+    "deny-peer": (
+        ("198.51.100.0/24", ("198.51.100.0/24",)),
+        ("192.0.2.7, 2001:db8::/32", ("192.0.2.7/32", "2001:db8::/32")),
+    ),
+    "one-allocation-per-username": (("true", True), ("false", False)),
+    "max-allocations": (("1", 1), ("100000", 100000)),
+    "channel-range": (("rfc5766", RFC5766_NUMBERS), ("rfc8656", RFC8656_NUMBERS)),
+    "log-format": (("json", "json"), ("human", "human")),
+    "log-level": (
+        ("debug", {"": 10}),
+        ("error,relay.turn=debug", {"": 40, "relay.turn": 10}),
+    ),
+    "drain-timeout": (("0", 0), ("86400", 86400)),
+    "software": (("relay", "relay"), ("Größe: 1/2", "Größe: 1/2")),
+    "rng-seed": (("0", 0), ("7", 7)),
+}
+
+# For each option a text that means nothing.
+BAD: Final = {
+    "public-ip4-addr": "0.0.0.0",
+    "public-ip6-addr": "ff02::1",
+    "bind-ip4-addr": "localhost",
+    "bind-ip6-addr": "fe80::1%eth0",
+    "listen-port": "0",
+    "lowest-port": "65536",
+    "highest-port": "-1",
+    "token-file": "missing",
+    "api-url": "ftp://x.test",
+    "name": "a\x07b",
+    "relay-secret-file": "missing",
+    "allow-peer": "10.0.0.1/8",
+    "deny-peer": "example.com",
+    "one-allocation-per-username": "maybe",
+    "max-allocations": "0",
+    "channel-range": "rfc3489",
+    "log-format": "xml",
+    "log-level": "loud",
+    "drain-timeout": "1.5",
+    "software": "a\x07b",
+    "rng-seed": "dice",
+}
+
+BY_NAME: Final = {option.name: option for option in OPTIONS}
+SOURCES: Final = ("flag", "variable", "file")
+every_option = pytest.mark.parametrize("option", OPTIONS, ids=[option.name for option in OPTIONS])
+
+
+# --- Three sources ---------------------------------------------------------------------------
+
+
+@every_option
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_option_can_come_from_every_source(option: Option, source: str) -> None:
+    for text, value in SAMPLES[option.name]:
+        assert stored(given(option, {source: text}), option) == value
+
+
+@every_option
+@pytest.mark.parametrize(
+    ("winner", "loser"),
+    [
+        pytest.param("flag", "variable", id="flag beats variable"),
+        pytest.param("flag", "file", id="flag beats file"),
+        pytest.param("variable", "file", id="variable beats file"),
+    ],
+)
+def test_a_flag_beats_a_variable_beats_the_file(option: Option, winner: str, loser: str) -> None:
+    """A list is replaced by the winner's, not joined with it."""
+    for (text, value), (other, _) in permutations(SAMPLES[option.name]):
+        assert stored(given(option, {winner: text, loser: other}), option) == value
+
+
+@every_option
+def test_an_empty_variable_counts_as_unset(option: Option) -> None:
+    text, value = SAMPLES[option.name][0]
+    assert stored(given(option, {"variable": "", "file": text}), option) == value
+
+
+def test_what_is_not_given_has_its_default() -> None:
+    command = reads()
+
+    config = command.config
+    assert (config.public_ip4, config.public_ip6) == ("192.0.2.1", None)  # given by reads()
+    assert (config.bind_ip4, config.bind_ip6) == ("0.0.0.0", "::")
+    assert (config.listen_port, config.lowest_port, config.highest_port) == (3478, 49152, 65535)
+    assert config.relay_secret is None
+    assert (config.allow_peers, config.deny_peers) == ((), ())
+    assert config.one_allocation_per_username is False
+    assert config.max_allocations is None
+    assert config.channel_numbers == range(0x4000, 0x5000)
+    assert config.drain_timeout == 30
+    assert config.software is None
+    assert config.rng_seed is None
+    assert (command.log_format, command.log_levels) == ("human", {"": 20})
+    assert (command.check_config, command.print_config, command.mint) == (False, False, None)
+
+
+def test_the_value_of_a_flag_may_be_the_next_argument() -> None:
+    assert reads("--listen-port", "5").config.listen_port == 5
+
+
+def test_other_variables_are_left_alone() -> None:
+    assert reads(PORT="5", CONFIG="missing", MINT="5", LISTEN="5").config == reads().config
+
+
+LISTS = [
+    pytest.param(["--allow-peer=10.0.0.0/8", "--allow-peer=::/0"], "", {}, id="flag twice"),
+    pytest.param(["--allow-peer=10.0.0.0/8,::/0"], "", {}, id="flag, comma"),
+    pytest.param(["--allow-peer=10.0.0.0/8, ::/0"], "", {}, id="flag, comma and space"),
+    pytest.param([], "", {"ALLOW_PEER": "10.0.0.0/8,::/0"}, id="variable, comma"),
+    pytest.param([], "", {"ALLOW_PEER": "10.0.0.0/8 ::/0,"}, id="variable, space, comma at end"),
+    pytest.param([], "allow-peer = 10.0.0.0/8\nallow-peer = ::/0\n", {}, id="line twice"),
+    pytest.param([], "allow-peer = 10.0.0.0/8, ::/0\n", {}, id="line, comma"),
+]
+
+
+@pytest.mark.parametrize(("flags", "file", "variables"), LISTS)
+def test_lists_can_be_written_in_several_ways(
+    flags: list[str], file: str, variables: dict[str, str]
+) -> None:
+    config = reads(*flags, file=file, **variables).config
+
+    assert config.allow_peers == ("10.0.0.0/8", "::/0")
+
+
+SWITCHES = [
+    pytest.param(["--one-allocation-per-username"], "", {}, True, id="flag"),
+    pytest.param(["--no-one-allocation-per-username"], "", {}, False, id="--no- flag"),
+    pytest.param(
+        ["--no-one-allocation-per-username"],
+        "one-allocation-per-username = yes\n",
+        {"ONE_ALLOCATION_PER_USERNAME": "yes"},
+        False,
+        id="--no- flag against both",
+    ),
+    pytest.param(
+        [],
+        "one-allocation-per-username = yes\n",
+        {"ONE_ALLOCATION_PER_USERNAME": "no"},
+        False,
+        id="variable against file",
+    ),
+    *(
+        pytest.param([], "", {"ONE_ALLOCATION_PER_USERNAME": word}, True, id=f"variable {word}")
+        for word in ("true", "Yes", "ON", "1")
+    ),
+    *(
+        pytest.param([], f"one-allocation-per-username = {word}\n", {}, False, id=f"line {word}")
+        for word in ("false", "No", "OFF", "0")
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "file", "variables", "expected"), SWITCHES)
+def test_a_switch_can_be_thrown_both_ways(
+    flags: list[str], file: str, variables: dict[str, str], *, expected: bool
+) -> None:
+    assert reads(*flags, file=file, **variables).config.one_allocation_per_username is expected
+
+
+# --- The file --------------------------------------------------------------------------------
+
+
+def test_comments_and_empty_lines_are_passed_over() -> None:
+    file = "# listen-port = 1\n\n   ; listen-port = 2\n  listen-port=3  \n\t\n#"
+
+    assert reads(file=file).config.listen_port == 3
+
+
+def test_a_line_without_a_value_counts_as_unset() -> None:
+    assert reads(file="listen-port =\n").config.listen_port == 3478
+
+
+def test_the_default_file_is_read_if_there_is_one(
+    default_file: Path, machine: Callable[..., None]
+) -> None:
+    machine(local={"127.0.0.1"})
+    assert read([], {}).config.listen_port == 3478
+
+    default_file.write_text("listen-port = 5\n")
+    assert read([], {}).config.listen_port == 5
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        pytest.param(["-c", "relay.conf"], id="-c FILE"),
+        pytest.param(["-crelay.conf"], id="-cFILE"),
+        pytest.param(["--config", "relay.conf"], id="--config FILE"),
+        pytest.param(["--config=relay.conf"], id="--config=FILE"),
+        pytest.param(["--lowest-port=50000", "-c", "relay.conf"], id="after other flags"),
+    ],
+)
+def test_a_named_file_replaces_the_default_file(argv: list[str], default_file: Path) -> None:
+    """Not even its mistakes are seen."""
+    default_file.write_text("listen-port = 5\nnonsense\n")
+    Path("relay.conf").write_text("public-ip4-addr = 192.0.2.9\n")
+
+    config = read(argv, {}).config
+
+    assert config.listen_port == 3478
+    assert config.public_ip4 == "192.0.2.9"
+
+
+def test_an_unreadable_default_file_is_an_error(cli: "Cli", default_file: Path) -> None:
+    default_file.mkdir()
+
+    assert str(default_file) in cli.refuses(78)
+
+
+WRONG_FILES = [
+    pytest.param(b"listen_port = 5\n", ["'listen_port'", "line 1"], id="unknown key"),
+    pytest.param(b"Listen-Port = 5\n", ["'Listen-Port'", "line 1"], id="key in capitals"),
+    pytest.param(b"listen-po = 5\n", ["'listen-po'", "line 1"], id="key abbreviated"),
+    pytest.param(b"config = relay.conf\n", ["'config'", "line 1"], id="a file names a file"),
+    pytest.param(b"mint = 5\n", ["'mint'", "line 1"], id="no option, but a flag"),
+    pytest.param(
+        b"no-one-allocation-per-username = 1\n",
+        ["'no-one-allocation-per-username'", "line 1"],
+        id="--no- form",
+    ),
+    pytest.param(b"this is prose\n", ["this", "line 1"], id="prose"),
+    pytest.param(b"\n# comment\n = 5\n", ["'= 5'", "line 3"], id="no key"),
+    pytest.param(
+        b"listen-port = 5\nlowest-port = 50000\nlisten-port = 6\n",
+        ["'listen-port'", "twice", "line 3"],
+        id="key twice",
+    ),
+    pytest.param(
+        b"listen-port = 5\nlisten-port = 5\n", ["'listen-port'", "twice", "line 2"], id="line twice"
+    ),
+    pytest.param(b"software = caf\xe9\n", ["cannot be read"], id="Latin-1"),
+    pytest.param(bytes(range(256)), ["cannot be read"], id="binary"),
+    pytest.param(b"allow-peer = ::/0\nallow-peer = x\n", ["'x'", "line 2"], id="second of a list"),
+    pytest.param(b"allow-peer = ::/0, x\n", ["'::/0, x'", "line 1"], id="second in a line"),
+    pytest.param(b"listen-port\n", ["'listen-port'", "key = value", "line 1"], id="no value"),
+    pytest.param(b"software\n", ["'software'", "key = value", "line 1"], id="text without a value"),
+    pytest.param(b"[relay] listen-port = 5\n", ["line 1"], id="brackets"),
+    pytest.param(b"---listen-port = 5\n", ["line 1"], id="dashes"),
+    pytest.param(b"max-allocations = [1, 2]\n", ["'[1, 2]'", "line 1"], id="a list of numbers"),
+]
+
+
+@pytest.mark.parametrize(("content", "named"), WRONG_FILES)
+def test_a_wrong_file_is_refused_in_one_line_that_says_where(
+    cli: "Cli", content: bytes, named: list[str]
+) -> None:
+    Path("relay.conf").write_bytes(content)
+
+    complaint = cli.refuses(78, "-c", "relay.conf")
+
+    for word in ["relay.conf", *named]:
+        assert word in complaint
+
+
+UNREADABLE = [
+    pytest.param("missing.conf", "missing.conf", id="missing"),
+    pytest.param("secret/relay.conf", "secret/relay.conf", id="below a file"),
+    pytest.param(".", "Is a directory", id="directory"),
+    pytest.param("two\nlines", "lines", id="a name of two lines"),
+    pytest.param("", "''", id="no name"),
+]
+
+
+@pytest.mark.parametrize(("name", "named"), UNREADABLE)
+def test_a_named_file_must_be_readable(cli: "Cli", name: str, named: str) -> None:
+    assert named in cli.refuses(78, "-c", name)
+
+
+# --- Values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "source"),
+    [
+        pytest.param(option, source, id=f"{option.name} by {source}")
+        for option in OPTIONS
+        for source in SOURCES
+        if option.metavar is not None or source != "flag"  # a switch has no value there
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line_that_says_where_it_is_from(
+    cli: "Cli", option: Option, source: str
+) -> None:
+    text = BAD[option.name]
+    Path("relay.conf").write_text("# first line\n")
+    if source == "flag":
+        place = "command line"
+        complaint = cli.refuses(78, "-c", "relay.conf", as_flag(option, text))
+    elif source == "variable":
+        place = option.variable
+        complaint = cli.refuses(78, "-c", "relay.conf", **{option.variable: text})
+    else:
+        place = "relay.conf line 2"
+        Path("relay.conf").write_text(f"# first line\n{option.name} = {text}\n")
+        complaint = cli.refuses(78, "-c", "relay.conf")
+
+    for word in [option.name, repr(text), place]:
+        assert word in complaint
+
+
+MORE_BAD_VALUES = [
+    pytest.param("--public-ip4-addr=2001:db8::1", id="IPv6 for IPv4"),
+    pytest.param("--public-ip4-addr=192.0.2.01", id="IPv4, octal"),
+    pytest.param("--public-ip4-addr=192.0.2.1:3478", id="IPv4 with port"),
+    pytest.param("--public-ip4-addr=224.0.0.1", id="multicast"),
+    pytest.param("--public-ip4-addr=", id="no address"),
+    pytest.param("--public-ip6-addr=192.0.2.1", id="IPv4 for IPv6"),
+    pytest.param("--public-ip6-addr=[2001:db8::1]", id="IPv6 in brackets"),
+    pytest.param("--public-ip6-addr=::", id="unspecified"),
+    pytest.param("--public-ip6-addr=fe80::1%1", id="IPv6 with scope"),
+    pytest.param("--listen-port=", id="no port"),
+    pytest.param("--listen-port=+5", id="port with sign"),
+    pytest.param("--listen-port=5_0", id="port with underscore"),
+    pytest.param("--listen-port=٣٤٧٨", id="port in Arabic digits"),
+    pytest.param("--listen-port=--", id="two dashes"),
+    pytest.param("--allow-peer=--", id="two dashes in a list"),
+    pytest.param("--max-allocations=" + "9" * 19, id="number of 19 digits"),
+    pytest.param("--drain-timeout=86401", id="more than a day"),
+    pytest.param("--allow-peer=", id="no prefix"),
+    pytest.param("--allow-peer=,", id="comma only"),
+    pytest.param("--allow-peer=10.0.0.0/33", id="prefix too long"),
+    pytest.param("--log-level=info,", id="comma after level"),
+    pytest.param("--software=" + "x" * 764, id="SOFTWARE of 764 bytes"),
+    pytest.param("--software=" + "é" * 382, id="SOFTWARE of 382 characters, 764 bytes"),
+    pytest.param("--software=two\nlines", id="SOFTWARE of two lines"),
+]
+
+
+@pytest.mark.parametrize("flag", MORE_BAD_VALUES)
+def test_a_value_out_of_bounds_is_refused(cli: "Cli", flag: str) -> None:
+    name, _, text = flag.removeprefix("--").partition("=")
+
+    assert f"{name} {text!r}" in cli.refuses(78, "-c", os.devnull, flag)
+
+
+def test_software_may_have_763_bytes() -> None:
+    assert reads("--software=" + "x" * 763).config.software == "x" * 763
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        pytest.param(
+            ["--lowest-port=50001", "--highest-port=50000"],
+            ["lowest-port 50001", "highest-port 50000"],
+            id="range upside down",
+        ),
+        pytest.param(
+            ["--lowest-port=5", "--highest-port=5", "--listen-port=5"],
+            ["listen-port", "5"],
+            id="no port is left",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(
+    cli: "Cli", argv: list[str], named: list[str]
+) -> None:
+    complaint = cli.refuses(78, "-c", os.devnull, "--public-ip4-addr=192.0.2.1", *argv)
+
+    for word in named:
+        assert word in complaint
+
+
+SECRET_FILES = [
+    pytest.param(b"", "empty", id="empty"),
+    pytest.param(b" \n\n", "empty", id="blank"),
+    pytest.param(b"\x7fELF\x02\x01\x01\x00", "holds", id="binary, ASCII"),
+    pytest.param(b"\xff\xfe\x00\x01", "ASCII", id="binary"),
+    pytest.param("geheimnis-ß".encode(), "ASCII", id="not ASCII"),
+    pytest.param(b"correct horse\n", "more than one word", id="two words"),
+    pytest.param(b"correct\nhorse\n", "more than one word", id="two lines"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), SECRET_FILES)
+def test_a_secret_file_holds_one_word(cli: "Cli", content: bytes, reason: str) -> None:
+    """What is in the file is not repeated: it may be a secret."""
+    Path("written").write_bytes(content)
+
+    complaint = cli.refuses(78, "-c", os.devnull, "--relay-secret-file=written")
+
+    for word in ["relay-secret-file", "'written'", reason]:
+        assert word in complaint
+    for secret in content.split():
+        assert repr(secret)[2:-1] not in complaint
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        pytest.param("missing", "No such file", id="missing"),
+        pytest.param(".", "Is a directory", id="directory"),
+        pytest.param("a\0b", "", id="null byte"),
+    ],
+)
+def test_a_secret_file_must_be_readable(cli: "Cli", name: str, reason: str) -> None:
+    complaint = cli.refuses(78, "-c", os.devnull, f"--relay-secret-file={name}")
+
+    for word in ["relay-secret-file", repr(name), reason]:
+        assert word in complaint
+
+
+@pytest.mark.parametrize(
+    "source",
+    SOURCES,
+)
+def test_the_secret_may_come_through_a_pipe(source: str) -> None:
+    """As from ``RELAY_SECRET_FILE=<(pass relay)``, which can be read only once."""
+    reader, writer = os.pipe()
+    os.write(writer, SECRET.encode())
+    os.close(writer)
+    try:
+        command = given(BY_NAME["relay-secret-file"], {source: f"/dev/fd/{reader}"})
+    finally:
+        os.close(reader)
+
+    assert command.config.relay_secret == SECRET
+
+
+def test_white_space_around_the_secret_does_not_count() -> None:
+    Path("written").write_text(f"  {SECRET}\r\n")
+
+    assert reads("--relay-secret-file=written").config.relay_secret == SECRET
+
+
+# --- The command line ------------------------------------------------------------------------
+
+
+USAGE = [
+    pytest.param(["--bogus"], "--bogus", id="unknown flag"),
+    pytest.param(["-x"], "-x", id="unknown short flag"),
+    pytest.param(["--listen-po=5"], "--listen-po=5", id="abbreviated flag"),
+    pytest.param(["--confi", os.devnull], "--confi", id="abbreviated --config"),
+    pytest.param(["--confi", "missing"], "--confi", id="abbreviated --config, and no such file"),
+    pytest.param(["--no-listen-port"], "--no-listen-port", id="--no- of what is no switch"),
+    pytest.param(["--one-allocation-per-username=yes"], "yes", id="switch with a value"),
+    pytest.param(["relay.conf"], "relay.conf", id="no flag"),
+    pytest.param(["--listen-port"], "--listen-port", id="flag without a value"),
+    pytest.param(["-c"], "-c", id="-c without a value"),
+    pytest.param(["--config"], "--config", id="--config without a value"),
+    pytest.param(["--mint"], "--mint", id="--mint without a value"),
+    pytest.param(["--mint="], "--mint", id="--mint, empty"),
+    pytest.param(["--mint=0"], "'0'", id="--mint 0"),
+    pytest.param(["--mint=-5"], "'-5'", id="--mint, negative"),
+    pytest.param(["--mint=1.5"], "'1.5'", id="--mint, fraction"),
+    pytest.param(["--mint=1h"], "'1h'", id="--mint, unit"),
+    pytest.param(["--mint=10000000001"], "'10000000001'", id="--mint, centuries"),
+    pytest.param(
+        ["--mint=0000000000010000000001"], "10000000001", id="--mint, centuries after zeros"
+    ),
+    pytest.param(["--two\nlines"], "lines", id="a flag of two lines"),
+]
+
+
+@pytest.mark.parametrize(("argv", "named"), USAGE)
+def test_a_wrong_command_line_is_refused_in_one_line(
+    cli: "Cli", argv: list[str], named: str
+) -> None:
+    assert named in cli.refuses(64, *argv, PUBLIC_IP4_ADDR="192.0.2.1")
+
+
+def test_help_lists_every_option_with_its_variable_and_default(cli: "Cli") -> None:
+    result = cli("--help", COLUMNS="1000")
+
+    assert result.exit_code == 0
+    assert result.err == ""
+    described = result.out.split("\n  -")
+    for option in OPTIONS:
+        (line,) = (one for one in described if f"[{option.variable}]" in one)
+        assert line.startswith(f"-{option.name}")
+        if option.metavar is not None and option.default is not None:
+            assert f"(default: {option.default})" in line
+    for flag in ["-c FILE", "--config FILE", "--check-config", "--print-config", "--mint SECONDS"]:
+        assert flag in result.out
+
+
+def test_version_is_printed(cli: "Cli") -> None:
+    result = cli("--version")
+
+    assert (result.exit_code, result.err) == (0, "")
+    assert result.out == f"firezone-relay {__version__}\n"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_do_not_need_a_good_configuration(cli: "Cli", flag: str) -> None:
+    assert cli(flag, LISTEN_PORT="bad").exit_code == 0
+
+
+def test_check_config_says_that_all_is_well(cli: "Cli") -> None:
+    result = cli("-c", os.devnull, "--check-config", PUBLIC_IP4_ADDR="192.0.2.1")
+
+    assert (result.exit_code, result.out, result.err) == (0, "the configuration is good\n", "")
+
+
+@every_option
+def test_the_printed_configuration_is_a_file_that_means_the_same(
+    cli: "Cli", option: Option
+) -> None:
+    for text, _ in SAMPLES[option.name]:
+        expected = given(option, {"flag": text})
+        printed = cli("-c", os.devnull, as_flag(option, text), "--print-config", **address(option))
+
+        assert (printed.exit_code, printed.err) == (0, "")
+        Path("relay.conf").write_text(printed.out)
+        reread = read(["-c", "relay.conf"], {})
+        assert reread.config == expected.config
+        assert (reread.log_format, reread.log_levels) == (expected.log_format, expected.log_levels)
+
+
+TEXTS = [
+    pytest.param("--software=two  words #1", id="comment sign"),
+    pytest.param("--software=a ;b", id="other comment sign"),
+    pytest.param('--software="quoted"', id="quotes"),
+    pytest.param("--software=[bracketed, twice]", id="brackets"),
+    pytest.param("--software= ", id="blank"),
+    pytest.param("--software=", id="nothing"),
+    pytest.param("--name=", id="no name"),
+    pytest.param("--api-url=wss://x.test\n", id="line feed"),
+    pytest.param("--allow-peer=10.0.0.0/8\n::/0", id="two lines"),
+    pytest.param("--log-level=info,\nrelay=debug", id="levels"),
+]
+
+
+@pytest.mark.parametrize("flag", TEXTS)
+def test_a_text_is_printed_as_it_would_be_read_or_refused(cli: "Cli", flag: str) -> None:
+    variables = {"PUBLIC_IP4_ADDR": "192.0.2.1"}
+    printed = cli("-c", os.devnull, flag, "--print-config", **variables)
+
+    if printed.exit_code != 78:
+        Path("relay.conf").write_text(printed.out)
+        reread, expected = read(["-c", "relay.conf"], {}), read(["-c", os.devnull, flag], variables)
+        assert reread.config == expected.config
+        assert reread.log_levels == expected.log_levels
+
+
+def test_the_printed_configuration_lists_what_is_repeated(cli: "Cli") -> None:
+    flags = ["--allow-peer=10.0.0.0/8", "--allow-peer=192.0.2.7, ::/0"]
+    printed = cli("-c", os.devnull, *flags, "--print-config", PUBLIC_IP4_ADDR="192.0.2.1")
+
+    Path("relay.conf").write_text(printed.out)
+    allowed = read(["-c", "relay.conf"], {}).config.allow_peers
+    assert allowed == ("10.0.0.0/8", "192.0.2.7/32", "::/0")
+
+
+@pytest.mark.parametrize("flag", ["--print-config", "--check-config", "--mint=60"])
+def test_the_secret_is_never_printed(cli: "Cli", flag: str) -> None:
+    result = cli("-c", os.devnull, "--relay-secret-file=secret", "--log-level=debug", flag)
+
+    assert result.exit_code == 0
+    assert result.out != ""
+    assert SECRET not in result.out + result.err
+
+
+def test_the_secret_is_not_part_of_what_a_configuration_looks_like() -> None:
+    config = reads("--relay-secret-file=secret").config
+
+    assert config.relay_secret == SECRET
+    assert SECRET not in repr(config)
+
+
+# --- Minting credentials ---------------------------------------------------------------------
+
+
+def test_mint_prints_a_credential(cli: "Cli") -> None:
+    before = int(time.time())
+    result = cli(
+        *["-c", os.devnull, "--mint=600", "--relay-secret-file=secret", "--listen-port=3479"],
+        *["--public-ip4-addr=192.0.2.1", "--public-ip6-addr=2001:db8::1"],
+    )
+    after = int(time.time())
+
+    assert (result.exit_code, result.err) == (0, "")
+    credential = json.loads(result.out)
+    assert set(credential) == {"urls", "username", "credential", "expires"}
+    assert credential["urls"] == [
+        "turn:192.0.2.1:3479?transport=udp",
+        "turn:[2001:db8::1]:3479?transport=udp",
+    ]
+    assert before + 600 <= credential["expires"] <= after + 600
+    assert credential["username"].startswith(f"{credential['expires']}:")
+    assert credential["credential"] == password_of(credential["username"], SECRET)
+
+
+@pytest.mark.parametrize(
+    ("username", "secret", "password"),
+    [
+        pytest.param(
+            "1892160000:n23JJ2wKKtt30oXi",
+            SECRET,
+            "00hqldgk5xLeKKOB+xls9mHMVtgqzie9DulfgQwMv68",
+            id="hexadecimal secret",
+        ),
+        pytest.param(
+            "1685984278:uvdgKvS9GXYZ_vmv",
+            OTHER_SECRET,
+            "6xUIoZ+QvxKhRasLifwfRkMXl+ETLJUsFkHlXjlHAkg",
+            id="UUID as secret",
+        ),
+    ],
+)
+def test_minted_passwords_are_checked_by_a_formula_that_is_right(
+    username: str, secret: str, password: str
+) -> None:
+    assert password_of(username, secret) == password
+
+
+def test_no_two_credentials_are_the_same(cli: "Cli") -> None:
+    usernames = set()
+    for _ in range(3):
+        result = cli("-c", os.devnull, "--mint=60", "--relay-secret-file=secret")
+        usernames.add(json.loads(result.out)["username"])
+
+    assert len(usernames) == 3
+
+
+def test_mint_needs_a_secret_that_stays(cli: "Cli") -> None:
+    result = cli("-c", os.devnull, "--mint=60", PUBLIC_IP4_ADDR="192.0.2.1")
+
+    assert result.exit_code == 78
+    assert "--relay-secret-file" in result.complaint
+
+
+def test_a_minted_credential_is_good_for_a_relay_with_that_secret(cli: "Cli") -> None:
+    minted = json.loads(cli("-c", os.devnull, "--mint=60", "--relay-secret-file=secret").out)
+    with (
+        running("--relay-secret-file=secret") as relay,
+        TurnClient(("127.0.0.1", relay.port), minted["username"], minted["credential"]) as client,
+    ):
+        assert client.allocates()[0] == "127.0.0.1"
+
+
+# --- Public addresses that nobody gave -------------------------------------------------------
+
+
+PUBLIC_ADDRESSES = [
+    pytest.param(
+        {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"},
+        ("192.0.2.1", "2001:db8::1"),
+        id="both families are routed",
+    ),
+    pytest.param({socket.AF_INET: "192.0.2.1"}, ("192.0.2.1", None), id="IPv4 is routed"),
+    pytest.param({socket.AF_INET6: "2001:db8::1"}, (None, "2001:db8::1"), id="IPv6 is routed"),
+    pytest.param({}, ("127.0.0.1", "::1"), id="nothing is routed"),
+]
+
+
+@pytest.mark.parametrize(("routes", "expected"), PUBLIC_ADDRESSES)
+def test_public_addresses_are_those_that_the_routing_table_names(
+    machine: Callable[..., None],
+    routes: dict[int, str],
+    expected: tuple[str | None, str | None],
+) -> None:
+    machine(routes=routes, local={"127.0.0.1", "::1"})
+
+    config = read(["-c", os.devnull], {}).config
+
+    assert (config.public_ip4, config.public_ip6) == expected
+
+
+def test_loopback_is_used_as_far_as_there_is_one(machine: Callable[..., None]) -> None:
+    machine(local={"127.0.0.1"})
+
+    config = read(["-c", os.devnull], {}).config
+
+    assert (config.public_ip4, config.public_ip6) == ("127.0.0.1", None)
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        pytest.param("--public-ip4-addr=192.0.2.9", ("192.0.2.9", None), id="IPv4"),
+        pytest.param("--public-ip6-addr=2001:db8::9", (None, "2001:db8::9"), id="IPv6"),
+    ],
+)
+def test_one_address_given_means_one_family(
+    machine: Callable[..., None], flag: str, expected: tuple[str | None, str | None]
+) -> None:
+    machine(routes={socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"})
+
+    config = read(["-c", os.devnull, flag], {}).config
+
+    assert (config.public_ip4, config.public_ip6) == expected
+
+
+def test_without_any_address_there_is_nothing_to_lend(machine: Callable[..., None]) -> None:
+    machine()
+
+    with pytest.raises(ConfigError, match=r"public-ip4-addr.*public-ip6-addr"):
+        read(["-c", os.devnull], {})
+
+
+# --- The process -----------------------------------------------------------------------------
+
+
+def test_an_error_is_one_line_and_an_exit_code() -> None:
+    result = run("-c", os.devnull, LISTEN_PORT="many")
+
+    assert result.returncode == 78
+    assert result.stdout == ""
+    assert result.stderr == (
+        "firezone-relay: listen-port 'many': not a port from 1 to 65535 (variable LISTEN_PORT)\n"
+    )
+
+
+@pytest.mark.parametrize(("host", "where"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_a_port_in_use_is_named(host: str, where: str) -> None:
+    with bound(host) as holder:
+        port = holder.getsockname()[1]
+        family = "6" if ":" in host else "4"
+        result = run(
+            *["-c", os.devnull, f"--listen-port={port}"],
+            *[f"--public-ip{family}-addr={host}", f"--bind-ip{family}-addr={host}"],
+        )
+
+    assert result.returncode == 73
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert f"{where}:{port}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "where"), [("198.51.100.77", "198.51.100.77"), ("2001:db8::77", "[2001:db8::77]")]
+)
+def test_an_address_that_cannot_be_bound_is_named(host: str, where: str) -> None:
+    family = "6" if ":" in host else "4"
+    result = run(
+        *["-c", os.devnull, "--listen-port=20000"],
+        *[f"--public-ip{family}-addr={host}", f"--bind-ip{family}-addr={host}"],
+    )
+
+    assert result.returncode == 71
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert f"{where}:20000" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "warned"), [(0o600, False), (0o640, False), (0o644, True), (0o604, True)]
+)
+def test_a_secret_that_everyone_can_read_is_worth_a_warning(mode: int, *, warned: bool) -> None:
+    """The port is taken, so that the relay ends by itself."""
+    Path("written").write_text(SECRET)
+    Path("written").chmod(mode)
+    with bound("127.0.0.1") as holder:
+        result = run(
+            *["-c", os.devnull, "--public-ip4-addr=127.0.0.1", "--bind-ip4-addr=127.0.0.1"],
+            *[f"--listen-port={holder.getsockname()[1]}", "--relay-secret-file=written"],
+        )
+
+    assert result.returncode == 73
+    assert ("WARNING relay.cli: written can be read by every user" in result.stderr) is warned
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_idle_relay_with_success(number: signal.Signals) -> None:
+    with running("--drain-timeout=86400") as relay:
+        relay.process.send_signal(number)
+
+        assert relay.wait() == 0
+
+
+def test_a_draining_relay_relays_on_and_ends_with_its_last_allocation() -> None:
+    with (
+        running("--drain-timeout=86400") as relay,
+        client_of(relay) as alice,
+        client_of(relay) as carol,
+        bound("127.0.0.1") as bob,
+    ):
+        alice.allocates()
+        alice.binds(0x4000, bob.getsockname())
+        relay.process.send_signal(signal.SIGTERM)
+        relay.logs("draining: 1 allocations left")
+
+        with pytest.raises(TurnError) as refusal:
+            carol.allocates()
+        assert refusal.value.code == 508
+        assert carol.maps() == carol.address
+        alice.refreshes(lifetime=600)
+        alice.sends(0x4000, b"ping")
+        payload, relayed_address = bob.recvfrom(100)
+        assert payload == b"ping"
+        bob.sendto(b"pong", relayed_address)
+        assert alice.receives() == (0x4000, b"pong")
+
+        alice.refreshes(lifetime=0)
+        assert relay.wait() == 0
+
+
+def test_a_second_signal_ends_draining_at_once() -> None:
+    with running("--drain-timeout=86400") as relay, client_of(relay) as alice:
+        alice.allocates()
+        relay.process.send_signal(signal.SIGTERM)
+        relay.logs("draining")
+
+        relay.process.send_signal(signal.SIGTERM)
+        assert relay.wait() == 0
+
+
+def test_a_drain_timeout_of_zero_ends_at_once() -> None:
+    with running("--drain-timeout=0") as relay, client_of(relay) as alice:
+        alice.allocates()
+        relay.process.send_signal(signal.SIGTERM)
+
+        assert relay.wait() == 0
+
+
+# --- Helpers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with two secrets in it. Tests may write other files there."""
+    path = tmp_path_factory.mktemp("cli")
+    for name, secret in {"secret": SECRET, "other-secret": OTHER_SECRET}.items():
+        (path / name).write_text(secret)
+        (path / name).chmod(0o600)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def place(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in that directory, without any of the relay's own variables."""
+    monkeypatch.chdir(directory)
+    for variable in [*(o.variable for o in OPTIONS), "FIREZONE_TOKEN", "CREDENTIALS_DIRECTORY"]:
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let the default file be one that does not exist yet."""
+    path = tmp_path / "default.conf"
+    monkeypatch.setattr("relay.cli.DEFAULT_FILE", str(path))
+    return path
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what sets which source address each family has a route for, and what is local."""
+
+    def install(routes: dict[int, str] | None = None, local: set[str] | None = None) -> None:
+        monkeypatch.setattr("relay.cli.outward_address", (routes or {}).get)
+        monkeypatch.setattr("relay.cli.is_local", (local or set()).__contains__)
+
+    return install
+
+
+@dataclass(frozen=True)
+class Result:
+    """How the command ended."""
+
+    exit_code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line that it printed."""
+        assert self.out == ""
+        assert len(self.err.splitlines()) == 1
+        assert self.err.startswith("firezone-relay: ")
+        return self.err
+
+
+class Cli:
+    """The command, run in this process for what ends before anything is served."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *argv: str, **variables: str) -> Result:
+        with self._monkeypatch.context() as patched:
+            for name, text in variables.items():
+                patched.setenv(name, text)
+            try:
+                exit_code: Any = main(argv)
+            except SystemExit as exited:  # --help and --version
+                exit_code = exited.code
+        return Result(exit_code, *self._capsys.readouterr())
+
+    def refuses(self, exit_code: int, *argv: str, **variables: str) -> str:
+        """Run what must fail, and return the one line that it prints.
+
+        It only checks the configuration: else a fault that goes unseen would serve for ever.
+        """
+        result = self("--check-config", *argv, **variables)
+        assert result.exit_code == exit_code
+        return result.complaint
+
+
+@pytest.fixture
+def cli(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Iterator[Cli]:
+    """Leave logging as it was before: the command sets it up for its process."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield Cli(monkeypatch, capsys)
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+def reads(*flags: str, file: str = "", **variables: str) -> Command:
+    """Read options without a look at this machine's routes and its default file."""
+    if not any("public" in text.lower() for text in [*flags, file, *variables]):
+        variables["PUBLIC_IP4_ADDR"] = "192.0.2.1"
+    if file:
+        Path("relay.conf").write_text(file)
+    return read(["-c", "relay.conf" if file else os.devnull, *flags], variables)
+
+
+def given(option: Option, texts: dict[str, str]) -> Command:
+    """Read one option, given by one or several sources, and nothing else."""
+    return reads(
+        *([as_flag(option, texts["flag"])] if "flag" in texts else []),
+        file=f"{option.name} = {texts['file']}\n" if "file" in texts else "",
+        **({option.variable: texts["variable"]} if "variable" in texts else {}),
+    )
+
+
+def as_flag(option: Option, text: str) -> str:
+    if option.metavar is None:
+        return f"--{option.name}" if text == "true" else f"--no-{option.name}"
+    return f"--{option.name}={text}"
+
+
+def address(option: Option) -> dict[str, str]:
+    """Return the variable that keeps this machine's routes out of it, if that is needed."""
+    return {} if option.name.startswith("public-") else {"PUBLIC_IP4_ADDR": "192.0.2.1"}
+
+
+def stored(command: Command, option: Option) -> object:
+    """Return what became of an option."""
+    if option.field is not None:
+        return getattr(command.config, option.field)
+    return {"log-format": command.log_format, "log-level": command.log_levels}[option.name]
+
+
+def password_of(username: str, secret: str) -> str:
+    """Return the password that belongs to a username."""
+    expiry, _, salt = username.partition(":")
+    digest = hashlib.sha256(f"{expiry}:{secret}:{salt}".encode()).digest()
+    return b64encode(digest).decode().rstrip("=")
+
+
+def running(*arguments: str) -> RelayProcess:
+    return RelayProcess("-c", os.devnull, *arguments, port=free_port())
+
+
+def client_of(relay: RelayProcess) -> TurnClient:
+    return TurnClient(("127.0.0.1", relay.port), relay.username, relay.password)
+
+
+@contextmanager
+def bound(host: str) -> Iterator[socket.socket]:
+    """A UDP socket of somebody else, on a port of its own."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(10.0)  # only a failing test waits for so long
+        sock.bind((host, 0))
+        yield sock
