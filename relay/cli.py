@@ -30,11 +30,6 @@ logger = logging.getLogger("relay.cli")
 
 PROGRAM: Final = "firezone-relay"
 
-# From <sysexits.h>.
-EX_USAGE: Final = 64
-EX_SOFTWARE: Final = 70
-EX_CONFIG: Final = 78
-
 _BY_NAME: Final = {option.name: option for option in OPTIONS}
 
 
@@ -43,14 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(read(sys.argv[1:] if argv is None else argv, os.environ))
     except UsageError as error:
-        return _fail(EX_USAGE, f"{error} (--help lists the options)")
+        return _fail(os.EX_USAGE, f"{error} (--help lists the options)")
     except ConfigError as error:
-        return _fail(EX_CONFIG, str(error))
+        return _fail(os.EX_CONFIG, str(error))
     except DaemonError as error:
         return _fail(error.exit_code, str(error))
+    except OSError as error:  # stdout is full, or closed
+        return _fail(os.EX_OSERR, str(error))
     except Exception:
         logger.exception("stopped by a bug")
-        return EX_SOFTWARE
+        return os.EX_SOFTWARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +227,8 @@ def _parse(option: Option, text: str, source: str) -> Any:  # noqa: ANN401
 
 @functools.cache  # a file may be a pipe, which can be read only once
 def _value(option: Option, text: str) -> Any:  # noqa: ANN401
-    if not text.isprintable():
-        raise ValueError("holds control characters")
+    if not text.isprintable() or (text != text.strip() and not option.repeatable):
+        raise ValueError("holds control characters, or blanks at its ends")
     return option.parse(text)
 
 
@@ -294,7 +291,7 @@ def _lines(stream: TextIO) -> Iterable[str]:
 
 def _open(path: str) -> TextIO:
     try:
-        return Path(path).open(encoding="utf-8")
+        return Path(path).open(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         shown = path or "''"
@@ -309,7 +306,7 @@ def _given_file(argv: Sequence[str]) -> str | None:
         path: str | None = parser.parse_known_args(argv)[0].config
     except argparse.ArgumentError:
         return None  # -c without a value: the real parser will say so
-    if path is not None:
+    if path is not None and not {"-h", "--help", "--version"} & set(argv):
         _open(path).close()
     return path
 

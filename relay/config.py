@@ -47,7 +47,8 @@ class Config:
                 f"the only relay port, {self.lowest_port}, is the listen-port: none is left"
             )
         if self.public_ip4 is None and self.public_ip6 is None:
-            raise ConfigError("public-ip4-addr or public-ip6-addr is needed with a token")
+            why = "with a token" if self.token else "on a machine without a route or loopback"
+            raise ConfigError(f"public-ip4-addr or public-ip6-addr is needed {why}")
 
     @property
     def public_hosts(self) -> dict[Family, str]:

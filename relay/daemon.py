@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import platform
 import random
 import resource
@@ -38,12 +39,6 @@ from relay.turn.server import Server, Settings
 from relay.version import __version__
 
 logger = logging.getLogger("relay.daemon")
-
-# From <sysexits.h>.
-EX_UNAVAILABLE: Final = 69
-EX_OSERR: Final = 71
-EX_CANTCREAT: Final = 73
-EX_NOPERM: Final = 77
 
 SPARE_DESCRIPTORS: Final = 64  # for everything but relay ports
 WELCOME_LIFETIME: Final = 24 * 3600  # seconds for which the credential printed at start is good
@@ -178,9 +173,9 @@ class Daemon:
             case PortalLost(detail):
                 logger.warning("%s%s", detail, "; relaying meanwhile" if self._serving else "")
             case PortalRefused(detail):
-                self._fail(EX_NOPERM, detail)
+                self._fail(os.EX_NOPERM, detail)
             case PortalUnavailable(detail):
-                self._fail(EX_UNAVAILABLE, detail)
+                self._fail(os.EX_UNAVAILABLE, detail)
             case _:
                 assert_never(item)
 
@@ -242,7 +237,7 @@ class Daemon:
             where = format_endpoint(host, port)
             in_use = error.errno == errno.EADDRINUSE
             raise DaemonError(
-                EX_CANTCREAT if in_use else EX_OSERR,
+                os.EX_CANTCREAT if in_use else os.EX_OSERR,
                 f"cannot listen on {where} (UDP): {error.strerror}",
             ) from error
         return ListeningSocket(sock, memoryview(self._buffer), self.counters.lost)

@@ -16,7 +16,7 @@ BURST: Final = 5  # lines of one kind, per interval
 INTERVAL: Final = 10.0  # seconds
 
 _HUMAN: Final = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-_JSON: Final = "%(asctime)s %(levelname)s %(name)s %(message)s"
+_JSON: Final = "%(levelname)s %(name)s %(message)s"
 
 
 def parse_levels(text: str) -> dict[str, int]:
@@ -24,23 +24,25 @@ def parse_levels(text: str) -> dict[str, int]:
 
     Raises ValueError for what is not a level, or not a logger name.
     """
-    levels = {"": logging.INFO}
+    levels: dict[str, int] = {}
     for item in text.split(","):
-        logger, _, level = item.strip().rpartition("=")
-        if level.strip().lower() not in LEVELS:
-            raise ValueError(f"{level.strip()!r} is not one of {', '.join(LEVELS)}")
-        if logger and not re.fullmatch(r"[a-z0-9_.]+", logger.strip()):
-            raise ValueError(f"{logger.strip()!r} is not the name of a logger")
-        levels[logger.strip()] = logging.getLevelName(level.strip().upper())
-    return levels
+        name, equals, level = (part.strip() for part in item.rpartition("="))
+        if level.lower() not in LEVELS:
+            raise ValueError(f"{level!r} is not one of {', '.join(LEVELS)}")
+        if equals and not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)*", name):
+            raise ValueError(f"{name!r} is not the name of a logger")
+        if name in levels:
+            raise ValueError(f"{item.strip()!r}: given twice")
+        levels[name] = logging.getLevelName(level.upper())
+    return {"": logging.INFO, **levels}
 
 
 def configure(log_format: str, levels: dict[str, int]) -> None:
     """Send the logs to stderr in that format, with those levels."""
     handler = logging.StreamHandler(sys.stderr)
     if log_format == "json":
-        renamed = {"asctime": "timestamp", "levelname": "level", "name": "logger"}
-        handler.setFormatter(JsonFormatter(_JSON, rename_fields=renamed))
+        renamed = {"levelname": "level", "name": "logger"}
+        handler.setFormatter(JsonFormatter(_JSON, rename_fields=renamed, timestamp=True))
     else:
         handler.setFormatter(_HumanFormatter(_HUMAN))
     handler.addFilter(Brake())
@@ -64,7 +66,7 @@ class _HumanFormatter(logging.Formatter):
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]", lambda match: repr(match[0])[1:-1], text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Brake(logging.Filter):

@@ -32,7 +32,7 @@ def environment(**more: str) -> dict[str, str]:
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end, and return its exit code and what it printed."""
     return subprocess.run(
-        [sys.executable, "-m", "relay", *arguments],
+        [sys.executable, "-m", "relay", "-c", os.devnull, *arguments],
         env=environment(**variables),
         capture_output=True,
         text=True,
@@ -71,6 +71,7 @@ class RelayProcess:
             sys.executable,
             "-m",
             "relay",
+            f"--config={os.devnull}",  # not what this machine may have
             f"--listen-port={port}",
             *(LOOPBACK if loopback else ()),
             *arguments,

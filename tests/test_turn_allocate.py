@@ -282,6 +282,15 @@ def test_a_draining_relay_takes_no_new_allocations(relay: Scenario) -> None:
     assert alice.refreshes().code is None
 
 
+def test_a_draining_relay_does_not_end_the_old_for_a_new_that_it_refuses() -> None:
+    relay = Scenario(one_allocation_per_username=True)
+    old = relay.client("192.0.2.10:5000", user="alice").allocates()
+    relay.drain()
+
+    assert tries_to_allocate(relay.client("192.0.2.99:6000", user="alice")).code == 508
+    assert old.refreshes().code is None
+
+
 def test_takeover_ends_what_the_username_holds_elsewhere() -> None:
     """Firezone's clients roam this way: new socket, same username."""
     relay = Scenario(one_allocation_per_username=True, ports=range(50000, 50001))

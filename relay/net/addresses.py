@@ -3,6 +3,7 @@
 import re
 import socket
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ def outward_address(family: socket.AddressFamily) -> str | None:
             host: str = probe.getsockname()[0]
     except OSError:
         return None
-    return host
+    return None if ip_address(host).is_link_local else host  # which nobody beyond the link can use
 
 
 def is_local(host: str) -> bool:

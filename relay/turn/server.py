@@ -215,12 +215,12 @@ class Server:
         if transport != UDP_PROTOCOL:
             raise Refused(ErrorCode.UNSUPPORTED_TRANSPORT_PROTOCOL, f"protocol {transport}")
         families = self._families(message)
+        if self._draining:  # before a takeover: what relays is to go on
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "draining")
         if self._settings.one_allocation_per_username:
             for other in self._tables.of_username(username):
                 logger.debug("%s takes over from %s", client[0], other.client[0])
                 self._tables.delete(other)
-        if self._draining:
-            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "draining")
         if len(self._tables) + len(self._opening) >= self._settings.max_allocations:
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many allocations as are allowed")
         self._open_some_port(_Opening(request, username, families, tried=set()))
