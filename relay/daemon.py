@@ -30,7 +30,7 @@ from relay.portal.phoenix import (
     PortalRefused,
     PortalUnavailable,
 )
-from relay.stun.address import Address, format_endpoint
+from relay.stun.address import format_endpoint
 from relay.stun.const import Family
 from relay.turn.auth import Authenticator, mint
 from relay.turn.channeldata import HEADER_SIZE
@@ -40,7 +40,9 @@ from relay.version import __version__
 
 logger = logging.getLogger("relay.daemon")
 
-SPARE_DESCRIPTORS: Final = 64  # for everything but relay ports
+ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SPARE_DESCRIPTORS: Final = 32  # for everything but relay ports
+MAX_CHANNELS: Final = 1 << 18  # at about 1,200 bytes each
 WELCOME_LIFETIME: Final = 24 * 3600  # seconds for which the credential printed at start is good
 
 
@@ -52,10 +54,6 @@ class DaemonError(Exception):
         self.exit_code = exit_code
 
 
-class StopRequested:
-    """Posted to a running daemon: end as on SIGTERM."""
-
-
 class Daemon:
     """A relay with its sockets bound, ready to run. Raises DaemonError if it cannot be."""
 
@@ -64,7 +62,7 @@ class Daemon:
         self._config = config
         self.counters = Counters()
         self.reactor = Reactor(on_bug=self._on_bug)
-        self.mailbox: Mailbox[StopRequested | PortalEvent] = Mailbox(self._on_mail)
+        self.mailbox: Mailbox[PortalEvent] = Mailbox(self._on_mail)
         self._serving = self._draining = False
         self._failure: DaemonError | None = None
         rng = secrets.SystemRandom() if config.rng_seed is None else _seeded(config.rng_seed)
@@ -75,19 +73,26 @@ class Daemon:
         self._buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
         self._listeners = {family: self._listen(host) for family, host in config.bind_hosts.items()}
         ports = range(config.lowest_port, config.highest_port + 1)
+        own_hosts = {*config.public_hosts.values(), *config.bind_hosts.values(), *local_addresses()}
         self.server = Server(
             Settings(
                 public_hosts=config.public_hosts,
                 ports=ports,
                 listen_port=config.listen_port,
-                max_allocations=config.max_allocations
-                or max(1, min(len(ports), descriptors - SPARE_DESCRIPTORS)),
+                max_allocations=config.max_allocations or len(ports),
+                max_sockets=descriptors - SPARE_DESCRIPTORS,
+                max_channels=MAX_CHANNELS,
                 channel_numbers=config.channel_numbers,
                 one_allocation_per_username=config.one_allocation_per_username,
                 software=config.software,
             ),
             authenticator=Authenticator(self._secret, nonce_key=rng.randbytes(32)),
-            peer_policy=PeerPolicy(config.allow_peers, config.deny_peers, self._own_addresses()),
+            peer_policy=PeerPolicy(
+                config.allow_peers,
+                config.deny_peers,
+                own={(host, config.listen_port) for host in own_hosts},
+                own_hosts=own_hosts,
+            ),
             randbelow=rng.randrange,
             now=self.reactor.clock(),
         )
@@ -105,6 +110,7 @@ class Daemon:
             channel_numbers=config.channel_numbers,
             timers=self.reactor,
             unix_clock=time.time,
+            is_local=is_local,
             counters=self.counters,
         )
         for listener in self._listeners.values():
@@ -113,12 +119,12 @@ class Daemon:
         self._portal = None if config.token is None else self._portal_client(config.token)
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT and the end of draining. For the main thread.
+        """Serve until SIGTERM, SIGINT or SIGHUP and the end of draining. For the main thread.
 
         Raises DaemonError if the portal ends it.
         """
         sandbox.enter()  # before there is any other thread
-        with Signals((signal.SIGTERM, signal.SIGINT), self._on_signal) as signals:
+        with Signals(ENDING, self._on_signal) as signals:
             self.reactor.register(signals, signals.deliver)
             self.serve()
 
@@ -164,10 +170,8 @@ class Daemon:
             self._config.drain_timeout,
         )
 
-    def _on_mail(self, item: StopRequested | PortalEvent) -> None:
-        match item:
-            case StopRequested():
-                self.stop()
+    def _on_mail(self, event: PortalEvent) -> None:
+        match event:
             case PortalReady():
                 self._begin()
             case PortalLost(detail):
@@ -177,7 +181,7 @@ class Daemon:
             case PortalUnavailable(detail):
                 self._fail(os.EX_UNAVAILABLE, detail)
             case _:
-                assert_never(item)
+                assert_never(event)
 
     def _fail(self, exit_code: int, detail: str) -> None:
         self._failure = DaemonError(exit_code, detail)
@@ -219,6 +223,7 @@ class Daemon:
             # The portal looks for a word that begins with relay/.
             user_agent=f"{platform.system()}/{platform.release()} relay/{__version__}",
             post=self.mailbox.post,
+            on_start=partial(sandbox.name_thread, "portal"),
         )
 
     def _on_signal(self, number: int) -> None:
@@ -251,25 +256,27 @@ class Daemon:
         public, bind = self._config.public_hosts[family], self._config.bind_hosts[family]
         return public if bind in {"0.0.0.0", "::"} and is_local(public) else bind  # noqa: S104
 
-    def _own_addresses(self) -> set[Address]:
-        """List where this relay listens, so that nobody reaches it through itself."""
-        hosts = {*self._config.public_hosts.values(), *self._config.bind_hosts.values()}
-        return {(host, self._config.listen_port) for host in hosts | local_addresses()}
-
     def _welcome(self) -> None:
         config = self._config
         expiry = int(time.time()) + WELCOME_LIFETIME
         username, password = mint(expiry, self._welcome_salt, self._secret)
         until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(expiry))
-        for url in config.urls:
-            print(f"TURN URL:   {url}")
-        print(f"username:   {username}")
-        print(f"credential: {password}")
-        print(f"(good until {until}; --mint makes others)", flush=True)
+        lines = [f"TURN URL:   {url}" for url in config.urls]
+        lines += [
+            f"username:   {username}",
+            f"credential: {password}",
+            f"(good until {until}; --mint makes others)",
+        ]
+        try:
+            print("\n".join(lines), flush=True)
+        except OSError as error:  # nobody reads it; that is no reason not to serve
+            logger.warning("cannot print the credential: %s", error.strerror)
 
     def _farewell(self) -> None:
         dropped = ", ".join(f"{count} {why}" for why, count in self.counters.dropped.items())
         logger.info("stopped; datagrams dropped: %s", dropped or "none")
+        if self.counters.bugs:
+            logger.error("%d handlers failed: these are bugs", self.counters.bugs)
 
 
 def _seeded(seed: int) -> random.Random:

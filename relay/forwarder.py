@@ -42,6 +42,8 @@ from relay.turn.server import Server
 logger = logging.getLogger("relay.forwarder")
 
 LARGEST_DATAGRAM: Final = 65535
+# STUN over UDP stays below the MTU (RFC 8489 §6.1); longer messages only cost time to read.
+LARGEST_STUN: Final = 2048
 _NEITHER: Final = 0xFF  # a first byte that is neither STUN nor ChannelData
 _pack_into = HEADER.pack_into
 
@@ -99,6 +101,7 @@ class Forwarder:
         channel_numbers: range,
         timers: Timers,
         unix_clock: Callable[[], float],
+        is_local: Callable[[str], bool],
         counters: Counters,
     ) -> None:
         """Connect *server* with what sends and receives.
@@ -115,6 +118,7 @@ class Forwarder:
         self._last_channel_byte = channel_numbers[-1] >> 8
         self._timers = timers
         self._unix_clock = unix_clock
+        self._is_local = is_local
         self._counters = counters
         self._ports: dict[int, _Port] = {}
         self._to_peer: dict[tuple[ClientAddress, int], ToPeer] = {}
@@ -147,8 +151,10 @@ class Forwarder:
 
     def on_timeout(self) -> None:
         """Let the server end what is due."""
-        self._server.handle_timeout(self._timers.clock())
-        self._run_commands()
+        try:
+            self._server.handle_timeout(self._timers.clock())
+        finally:  # whatever happened, the next deadline must be set
+            self._run_commands()
 
     def close(self) -> None:
         """Close every relay port."""
@@ -171,8 +177,16 @@ class Forwarder:
         send(self._view[HEADER_SIZE : HEADER_SIZE + length], peer)
 
     def _on_stun(self, size: int, client: ClientAddress) -> None:
-        if client[0][1] == 0:  # no answer could reach it
+        host, port = client[0][:2]
+        if port == 0:  # no answer could reach it
             self._drop(Drop.NO_SOURCE_PORT)
+            return
+        if size > LARGEST_STUN:
+            self._drop(Drop.OVERSIZED_STUN)
+            return
+        if port in self._ports and self._is_local(host):
+            # Or a client could stack allocations into a loop. RFC 8656 §21.1.7
+            self._drop(Drop.FROM_ITSELF)
             return
         drop = self._server.handle_request(
             bytes(self._view[:size]),

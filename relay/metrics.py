@@ -12,6 +12,6 @@ class Counters:
         self.dropped: Counter[str] = Counter()  # datagrams not relayed or answered, by reason
         self.bugs = 0  # exceptions that a handler let through
 
-    def lost(self, errno_name: str) -> None:
-        """Count a datagram that the kernel did not take, under the error's name."""
-        self.dropped["send_" + errno_name.lower()] += 1
+    def lost(self, reason: str) -> None:
+        """Count a datagram that the kernel did not take or give."""
+        self.dropped[reason] += 1

@@ -52,6 +52,8 @@ class Scenario:
         families: Iterable[Family] = Family,
         ports: range = range(49152, 65536),
         max_allocations: int = 100_000,
+        max_sockets: int = 100_000,
+        max_channels: int = 100_000,
         channel_numbers: range = RFC8656_NUMBERS,
         one_allocation_per_username: bool = False,
         allow_peers: Iterable[str] = DOCUMENTATION,
@@ -71,6 +73,8 @@ class Scenario:
                 ports=ports,
                 listen_port=LISTEN_PORT,
                 max_allocations=max_allocations,
+                max_sockets=max_sockets,
+                max_channels=max_channels,
                 channel_numbers=channel_numbers,
                 one_allocation_per_username=one_allocation_per_username,
                 software=software,
@@ -92,6 +96,7 @@ class Scenario:
             channel_numbers=channel_numbers,
             timers=self.time,
             unix_clock=lambda: self.time.now - START + UNIX_START,
+            is_local=lambda host: host in public_hosts.values(),
             counters=self.counters,
         )
 

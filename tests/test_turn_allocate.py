@@ -274,6 +274,18 @@ def test_no_more_allocations_than_allowed() -> None:
     carol.allocates()
 
 
+def test_no_more_sockets_than_there_are_descriptors_for() -> None:
+    relay = Scenario(max_sockets=3)
+    dual = (Attr.ADDITIONAL_ADDRESS_FAMILY, V6)
+    alice = relay.client("192.0.2.10:5000").allocates(dual)
+    bob = relay.client("192.0.2.11:5000")
+    assert bob.asks(Method.ALLOCATE, UDP, dual).code == 508
+    bob.allocates()
+
+    alice.refreshes(lifetime=0)
+    relay.client("192.0.2.12:5000").allocates(dual)
+
+
 def test_a_draining_relay_takes_no_new_allocations(relay: Scenario) -> None:
     alice = relay.client("192.0.2.10:5000").allocates()
     relay.drain()

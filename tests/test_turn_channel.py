@@ -290,6 +290,18 @@ def test_data_does_not_keep_a_channel(relay: Scenario) -> None:
     assert len(relay.sent()) == 5
 
 
+def test_no_more_channels_than_memory_allows() -> None:
+    relay = Scenario(max_channels=2)
+    alice = relay.client("192.0.2.10:5000").allocates()
+    alice.binds(0x4000, ("198.51.100.7", 1)).binds(0x4001, ("198.51.100.7", 2))
+    bob = relay.client("192.0.2.11:5000").allocates()
+    assert bob.tries_to_bind(0x4000, ("198.51.100.7", 1)).code == 508
+    alice.binds(0x4000, ("198.51.100.7", 1))  # not a new one
+
+    alice.refreshes(lifetime=0)
+    bob.binds(0x4000, ("198.51.100.7", 1))
+
+
 class TestTwoClients:
     """Channels are per client, in both directions."""
 

@@ -31,8 +31,11 @@ REFUSED = [
     "172.16.0.0/12",
     "192.0.0.0/24",
     "192.0.2.0/24",
+    "192.31.196.0/24",
+    "192.52.193.0/24",
     "192.88.99.0/24",
     "192.168.0.0/16",
+    "192.175.48.0/24",
     "198.18.0.0/15",
     "198.51.100.0/24",
     "203.0.113.0/24",
@@ -42,15 +45,18 @@ REFUSED = [
     "::1/128",
     "::/96",
     "::ffff:0:0/96",
+    "::ffff:0:0:0/96",
     "64:ff9b::/96",
     "64:ff9b:1::/48",
     "100::/64",
+    "2001::/23",
     "2001::/32",
     "100:0:0:1::/64",
     "2001:2::/48",
     "2001:10::/28",
     "2001:db8::/32",
     "2002::/16",
+    "2620:4f:8000::/48",
     "3fff::/20",
     "5f00::/16",
     "fc00::/7",
@@ -388,6 +394,24 @@ def test_a_denied_host_is_not_promised_a_longer_prefix(host: str) -> None:
     assert refusal is not None
     assert refusal.startswith(f"--deny-peer {host}")
     assert "longer prefix would allow it" not in refusal
+
+
+# --- The relay's own host -------------------------------------------------------------------
+
+
+def test_what_else_runs_on_the_relays_host_is_refused_unless_a_flag_opens_it() -> None:
+    hosts = ["8.8.4.4", "2606:4700::1"]
+    closed = PeerPolicy(own=[("8.8.4.4", 3478)], own_hosts=hosts)
+    for host in hosts:
+        assert (
+            closed.refusal((host, 161))
+            == f"{host} is this host; --allow-peer {host} would allow it"
+        )
+    assert closed.refusal(("8.8.8.8", 161)) is None
+
+    opened = PeerPolicy(allow=["8.8.0.0/16"], own=[("8.8.4.4", 3478)], own_hosts=hosts)
+    assert opened.refusal(("8.8.4.4", 161)) is None
+    assert opened.refusal(("8.8.4.4", 3478)) is not None
 
 
 # --- Helpers --------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ OnDatagram = Callable[[int, Any], None]
 """Takes size and source of a datagram that lies in the buffer."""
 
 Lost = Callable[[str], None]
-"""Takes the name of an errno, such as ``ENOBUFS``."""
+"""Takes what failed and why, such as ``send_enobufs``."""
 
 
 def bind_udp(host: str, port: int, buffer_size: int) -> socket.socket:
@@ -47,7 +47,7 @@ def bind_udp(host: str, port: int, buffer_size: int) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_OMIT)
         else:
-            # DF stays clear, as RFC 8656 §15 wants without DONT-FRAGMENT, and no forged
+            # DF stays clear, as RFC 8656 §14 wants without DONT-FRAGMENT, and no forged
             # "fragmentation needed" can shrink what is sent.
             sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_OMIT)
         _set_buffers(sock, buffer_size)
@@ -94,7 +94,7 @@ class RelaySocket:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._lost(_name(error))
+                self._lost(f"receive_{_name(error)}")
                 return
             # Of an IPv6 source, flow label and scope do not count.
             on_datagram(size, source if len(source) == 2 else source[:2])
@@ -104,7 +104,7 @@ class RelaySocket:
         try:
             self._sendto(datagram, to)
         except OSError as error:
-            self._lost(_name(error))
+            self._lost(f"send_{_name(error)}")
 
     def close(self) -> None:
         """Stop reading at once; the port is given back after the present batch of events."""
@@ -174,7 +174,7 @@ class ListeningSocket:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._lost(_name(error))
+                self._lost(f"receive_{_name(error)}")
                 return
             if ancillary:
                 local = ancillary[0][2][local_part]
@@ -186,7 +186,7 @@ class ListeningSocket:
         try:
             self._sock.sendmsg((datagram,), self._ancillary(local), 0, address)
         except OSError as error:
-            self._lost(_name(error))
+            self._lost(f"send_{_name(error)}")
 
     def _ancillary(self, local: bytes) -> list[tuple[int, int, bytes]]:
         """Return the control message that sets the source; the interface is the route's."""
@@ -213,4 +213,4 @@ _MOST_LOCAL_ADDRESSES: Final = 256
 
 
 def _name(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or 0, "unknown")
+    return errno.errorcode.get(error.errno or 0, "unknown").lower()

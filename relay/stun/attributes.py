@@ -149,7 +149,7 @@ def _address_error_code() -> Coding[tuple[Family, int, str]]:
 
 
 def _types() -> Coding[tuple[int, ...]]:
-    """Attribute types, 16 bits each. RFC 8489 §14.9."""
+    """Attribute types, 16 bits each. RFC 8489 §14.13."""
 
     def decode(value: bytes, _transaction_id: bytes) -> tuple[int, ...]:
         if len(value) % 2:

@@ -115,7 +115,8 @@ def _read_attributes(received: Received) -> None:
         value = raw[offset + 4 : offset + 4 + size]
         attribute = BY_TYPE.get(attribute_type)
         if len(value) < size:
-            received.undecodable = received.undecodable or "an attribute runs past the end"
+            if received.integrity_offset is None:
+                received.undecodable = received.undecodable or "an attribute runs past the end"
             break
         if attribute is Attr.FINGERPRINT:
             _check_fingerprint(raw[:offset], value)

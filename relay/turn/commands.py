@@ -86,6 +86,8 @@ class Drop(Enum):
 
     NO_SOURCE_PORT = "source_port_zero"
     UNKNOWN_PROTOCOL = "unknown_protocol"  # the first byte is neither STUN nor ChannelData
+    OVERSIZED_STUN = "oversized_stun"
+    FROM_ITSELF = "from_itself"  # a request that came through one of our own relay ports
     MALFORMED_STUN = "malformed_stun"
     WRONG_FINGERPRINT = "wrong_fingerprint"
     NOT_A_REQUEST = "not_a_request"

@@ -1,7 +1,7 @@
 """Which peers may be reached: one function, :meth:`PeerPolicy.refusal`.
 
 A relay on the internet that would send anywhere is a way into the network it stands in
-(RFC 8656 §21.2.1, §21.4), so what is not public is refused unless the operator says otherwise.
+(RFC 8656 §21.1.7, §21.4), so what is not public is refused unless the operator says otherwise.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,8 +21,11 @@ _NOT_PUBLIC: Final = {
     "172.16.0.0/12": "private",
     "192.0.0.0/24": "protocol assignments",
     "192.0.2.0/24": "documentation",
+    "192.31.196.0/24": "AS112",
+    "192.52.193.0/24": "AMT",
     "192.88.99.0/24": "6to4 relay anycast",
     "192.168.0.0/16": "private",
+    "192.175.48.0/24": "AS112",
     "198.18.0.0/15": "benchmarking",
     "198.51.100.0/24": "documentation",
     "203.0.113.0/24": "documentation",
@@ -32,15 +35,18 @@ _NOT_PUBLIC: Final = {
     "::1/128": "loopback",
     "::/96": "IPv4-compatible",
     "::ffff:0:0/96": "IPv4-mapped",
+    "::ffff:0:0:0/96": "IPv4-translated",
     "64:ff9b::/96": "NAT64",
     "64:ff9b:1::/48": "local NAT64",
     "100::/64": "discard-only",
     "100:0:0:1::/64": "dummy",
+    "2001::/23": "protocol assignments",
     "2001::/32": "Teredo",
     "2001:2::/48": "benchmarking",
     "2001:10::/28": "deprecated ORCHID",
     "2001:db8::/32": "documentation",
     "2002::/16": "6to4",
+    "2620:4f:8000::/48": "AS112",
     "3fff::/20": "documentation",
     "5f00::/16": "segment routing",
     "fc00::/7": "unique local",
@@ -52,6 +58,7 @@ _NOT_PUBLIC: Final = {
 # Prefixes that carry an IPv4 address, and how many bits follow it.
 _IPV4_INSIDE: Final = (
     (IPv6Network("::ffff:0:0/96"), 0),
+    (IPv6Network("::ffff:0:0:0/96"), 0),
     (IPv6Network("::/96"), 0),
     (IPv6Network("64:ff9b::/96"), 0),
     (IPv6Network("64:ff9b:1::/48"), 0),
@@ -84,10 +91,13 @@ class PeerPolicy:
         allow: Iterable[str] = (),
         deny: Iterable[str] = (),
         own: Iterable[Address] = (),
+        own_hosts: Iterable[str] = (),
     ) -> None:
         """Build the rules from prefixes in CIDR notation. Raises ValueError for a bad one.
 
-        *own* are the addresses at which the relay itself serves; no flag opens them.
+        *own* are the addresses at which the relay itself serves; no flag opens them. *own_hosts*
+        are all of its host's, which are refused unless a flag says otherwise: what a datagram
+        from here may reach on them is what a firewall lets pass within a host.
         """
         rules = [
             _rule(
@@ -115,6 +125,7 @@ class PeerPolicy:
             rules, key=lambda rule: (rule.length, rule.by_flag, not rule.allows), reverse=True
         )
         self._own = {(ip_address(host), port) for host, port in own}
+        self._own_hosts = {ip_address(host) for host in own_hosts}
 
     def refusal(self, peer: Address) -> str | None:
         """Say which rule forbids *peer* and which flag would allow it, or None if it is allowed."""
@@ -129,6 +140,9 @@ class PeerPolicy:
                     if not rule.allows:
                         return rule.text
                     break
+            else:
+                if spelling in self._own_hosts:
+                    return f"{spelling} is this host; --allow-peer {spelling} would allow it"
         return None
 
 

@@ -32,7 +32,7 @@ from relay.turn.tables import Allocation, Tables
 
 logger = logging.getLogger("relay.turn")
 
-DEFAULT_LIFETIME: Final = 600  # seconds. RFC 8656 §3.2
+DEFAULT_LIFETIME: Final = 600  # seconds. RFC 8656 §7.2
 MAX_LIFETIME: Final = 3600  # seconds. RFC 8656 §7.2
 MOST_UNKNOWN_NAMED: Final = 32  # attributes in a 420: more could not be a mistake
 PORT_TRIES: Final = 16  # ports that other processes hold, before a client is told to give up
@@ -48,6 +48,8 @@ class Settings:
     ports: range  # those that allocations may get, but for the listening port
     listen_port: int
     max_allocations: int
+    max_sockets: int  # relay ports, counted once per family: what descriptors allow
+    max_channels: int
     channel_numbers: range
     one_allocation_per_username: bool
     software: str | None = None
@@ -223,10 +225,13 @@ class Server:
                 self._tables.delete(other)
         if len(self._tables) + len(self._opening) >= self._settings.max_allocations:
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many allocations as are allowed")
+        opening = sum(len(opening.families) for opening in self._opening.values())
+        if self._tables.sockets + opening + len(families) > self._settings.max_sockets:
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many sockets as are allowed")
         self._open_some_port(_Opening(request, username, families, tried=set()))
 
     def _families(self, message: Message) -> tuple[Family, ...]:
-        """Which relayed addresses an Allocate gets. RFC 8656 §7.2 steps 5 to 7."""
+        """Which relayed addresses an Allocate gets. RFC 8656 §7.2."""
         requested = message.get(Attr.REQUESTED_ADDRESS_FAMILY)
         additional = message.get(Attr.ADDITIONAL_ADDRESS_FAMILY)
         available = self._settings.public_hosts
@@ -291,8 +296,8 @@ class Server:
             for family in allocation.families
         ]
         attributes += [
-            (Attr.LIFETIME, allocation.lifetime),
             (Attr.XOR_MAPPED_ADDRESS, request.mapped_address),
+            (Attr.LIFETIME, allocation.lifetime),
         ]
         if request.received.message.get(Attr.ADDITIONAL_ADDRESS_FAMILY) is not None:
             code = ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED
@@ -349,6 +354,8 @@ class Server:
             raise Refused(ErrorCode.BAD_REQUEST, f"peer is on channel {by_peer.number:#06x}")
         if by_number is not None and by_number.peer != peer:
             raise Refused(ErrorCode.BAD_REQUEST, f"channel {number:#06x} has another peer")
+        if by_number is None and self._tables.channels >= self._settings.max_channels:
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many channels as are allowed")
         self._tables.bind(
             allocation, number, peer, reaches_outside=reaches_outside, now=request.now
         )

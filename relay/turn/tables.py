@@ -83,6 +83,8 @@ class Tables:
         self._by_username: dict[str, list[Allocation]] = {}
         self._deadlines: TimerWheel[Allocation | Channel] = TimerWheel(now)
         self._commands = commands
+        self.sockets = 0  # relay ports in use, counted once per family
+        self.channels = 0  # bound and cooling ones
 
     def __len__(self) -> int:
         return len(self._by_client)
@@ -112,6 +114,7 @@ class Tables:
         self._by_port[allocation.port] = allocation
         self._by_username.setdefault(allocation.username, []).append(allocation)
         self._deadlines.schedule(allocation, allocation.expires_at)
+        self.sockets += len(allocation.families)
 
     def refresh(self, allocation: Allocation, expires_at: float) -> None:
         """Move an allocation's end, in either direction."""
@@ -125,6 +128,8 @@ class Tables:
             if channel.state is Binding.BOUND:
                 self._unbind(channel)
             channel.state = Binding.GONE
+        self.channels -= len(allocation.channels)
+        self.sockets -= len(allocation.families)
         allocation.channels.clear()
         allocation.channels_by_peer.clear()
         self._deadlines.cancel(allocation)
@@ -150,6 +155,7 @@ class Tables:
         if channel is None:
             channel = Channel(allocation.client, number, allocation.port, peer)
             allocation.channels[number] = allocation.channels_by_peer[peer] = channel
+            self.channels += 1
         if channel.state is not Binding.BOUND:
             self._commands.append(
                 BindChannel(channel.client, number, channel.port, peer, reaches_outside)
@@ -174,6 +180,7 @@ class Tables:
             allocation = self._by_client[channel.client]
             del allocation.channels[channel.number]
             del allocation.channels_by_peer[channel.peer]
+            self.channels -= 1
 
     def _unbind(self, channel: Channel) -> None:
         self._commands.append(
@@ -199,5 +206,6 @@ class Tables:
                 assert channel.client == allocation.client
                 assert channel.port == allocation.port
                 assert channel.state is not Binding.GONE
-        deadlines = len(allocations) + sum(len(a.channels) for a in allocations)
-        assert len(self._deadlines) == deadlines
+        assert self.sockets == sum(len(a.families) for a in allocations)
+        assert self.channels == sum(len(a.channels) for a in allocations)
+        assert len(self._deadlines) == len(allocations) + self.channels
