@@ -14,10 +14,18 @@ def enter() -> None:
     Both are settings of the calling thread that threads inherit: call it before any
     thread is started. A system without them is served all the same, with a warning.
     """
+    name_thread(PROCESS_NAME)
+    _prctl("set_no_new_privs", 1)
+
+
+def name_thread(name: str) -> None:
+    """Call the calling thread *name*, as ``ps -L`` and ``top -H`` show it."""
+    _prctl("set_name", name)
+
+
+def _prctl(function: str, argument: object) -> None:
     try:
         # A C extension: on a kernel or libc it was not built for, anything can come of it.
-        prctl = import_module("prctl")
-        prctl.set_name(PROCESS_NAME)
-        prctl.set_no_new_privs(1)
+        getattr(import_module("prctl"), function)(argument)
     except Exception as error:  # noqa: BLE001
-        logger.warning("not confined: %s", error)
+        logger.warning("prctl %s: %s", function, error)

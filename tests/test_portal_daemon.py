@@ -28,6 +28,14 @@ def test_from_token_to_relayed_data(portal: FakePortal) -> None:
             relays_between(alice, bob)
 
 
+def test_threads_go_by_their_names(portal: FakePortal) -> None:
+    portal.serves()
+    with relay_of(portal) as relay:
+        relay.logs("relaying: listening on")
+        names = {path.read_text() for path in Path(f"/proc/{relay.pid}/task").glob("*/comm")}
+    assert names == {"firezone-relay\n", "portal\n"}
+
+
 def test_nothing_is_answered_before_init(portal: FakePortal) -> None:
     portal.serves(init=False)
     with relay_of(portal) as relay:

@@ -19,6 +19,7 @@ class Mailbox(Generic[T]):
         """Take what to do with each item, in the reactor's thread."""
         self._on_item = on_item
         self._items: deque[T] = deque()
+        self._is_closed = False
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def fileno(self) -> int:
@@ -28,7 +29,8 @@ class Mailbox(Generic[T]):
     def post(self, item: T) -> None:
         """Hand over *item*. Safe in any thread; never blocks."""
         self._items.append(item)
-        os.eventfd_write(self._fd, 1)
+        if not self._is_closed:  # else its number may be another descriptor's by now
+            os.eventfd_write(self._fd, 1)
 
     def deliver(self) -> None:
         """Hand over what was posted so far.
@@ -48,5 +50,6 @@ class Mailbox(Generic[T]):
                 os.eventfd_write(self._fd, 1)
 
     def close(self) -> None:
-        """Close the eventfd. No post may follow."""
+        """Close the eventfd. What is posted later stays where it is."""
+        self._is_closed = True
         os.close(self._fd)

@@ -55,16 +55,18 @@ class PortalClient:
         secret: str,
         user_agent: str,
         post: Callable[[PortalEvent], None],
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         """Take where the portal is, who we are, the credentials' secret, and where events go.
 
-        *post* is called in the portal's thread.
+        *post*, and *on_start* before anything else, are called in the portal's thread.
         """
         self._portal = portal
         self._headers = [f"X-Authorization: Bearer {token}", f"User-Agent: {user_agent}"]
         self._secret = secret
         self._tls = ssl.create_default_context() if portal.is_secure else None
         self._post = post
+        self._on_start = on_start
         self._stop = Stop()
         self._stream: Stream | None = None
         self._websocket: WebSocket | None = None
@@ -89,6 +91,7 @@ class PortalClient:
             self._stop.close()
 
     def _run(self) -> None:
+        self._on_start()
         phoenix = Phoenix(
             self._secret, portal=self._portal.host, random=random.random, now=time.monotonic()
         )
@@ -154,7 +157,7 @@ class PortalClient:
         if self._tls is not None:
             stream.allow(HANDSHAKE_TIMEOUT, 0)
             stream.secure(self._tls, self._portal.host)
-        websocket = WebSocket(enable_multithread=False)
+        websocket = WebSocket(enable_multithread=False, skip_utf8_validation=True)
         stream.allow(HANDSHAKE_TIMEOUT, LARGEST_ANSWER)
         status, headers, body = self._open(websocket, stream)
         if status == SWITCHING_PROTOCOLS:
