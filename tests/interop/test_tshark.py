@@ -53,7 +53,7 @@ def test_successes(relay: RelayProcess, capture: "Capture") -> None:
     unsigned, signed = "0x8022", "0x8022,0x0008"
     attributes = [
         ["0x0101", f"0x0020,{unsigned}"],
-        ["0x0103", f"0x0016,0x000d,0x0020,{signed}"],
+        ["0x0103", f"0x0016,0x0020,0x000d,{signed}"],
         ["0x0104", f"0x000d,{signed}"],
         ["0x0108", signed],
         ["0x0109", signed],
@@ -84,8 +84,8 @@ def test_dual_allocation(relay: RelayProcess, capture: "Capture") -> None:
     assert capture.complaints() == []
     answers = capture.read("stun.type == 0x0103", "stun.attribute")
     assert answers == [
-        ["0x0016,0x0016,0x000d,0x0020,0x8022,0x0008"],
-        ["0x0016,0x000d,0x0020,0x8001,0x0008"],
+        ["0x0016,0x0016,0x0020,0x000d,0x8022,0x0008"],
+        ["0x0016,0x0020,0x000d,0x8001,0x0008"],
     ]
 
 
