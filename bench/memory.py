@@ -76,6 +76,7 @@ class Idle:
                 self.counters.lost,
             ).open,
             public_hosts=self.scenario.public_hosts,
+            relay_ports=PORTS,
             channel_numbers=RFC8656_NUMBERS,
             timers=self._reactor,
             unix_clock=lambda: UNIX_START,

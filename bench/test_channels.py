@@ -86,6 +86,7 @@ class Table:
             listeners=dict.fromkeys(Family, Nothing()),
             open_port=self._open_port,
             public_hosts=relay.public_hosts,
+            relay_ports=range(49152, 65536),
             channel_numbers=RFC8656_NUMBERS,
             timers=relay.time,
             unix_clock=lambda: UNIX_START,

@@ -20,7 +20,7 @@ from relay.net.addresses import is_local, local_addresses
 from relay.net.mailbox import Mailbox
 from relay.net.reactor import Reactor, log_bug
 from relay.net.signals import Signals
-from relay.net.udp import LISTEN_BUFFER, ListeningSocket, RelayPorts, bind_udp
+from relay.net.udp import ListeningSocket, RelayPorts, listen
 from relay.portal.client import PortalClient
 from relay.portal.endpoint import endpoint
 from relay.portal.phoenix import (
@@ -107,6 +107,7 @@ class Daemon:
                 self.counters.lost,
             ).open,
             public_hosts=config.public_hosts,
+            relay_ports=ports,
             channel_numbers=config.channel_numbers,
             timers=self.reactor,
             unix_clock=time.time,
@@ -237,7 +238,7 @@ class Daemon:
     def _listen(self, host: str) -> ListeningSocket:
         port = self._config.listen_port
         try:
-            sock = bind_udp(host, port, LISTEN_BUFFER)
+            return listen(host, port, memoryview(self._buffer), self.counters.lost)
         except OSError as error:
             where = format_endpoint(host, port)
             in_use = error.errno == errno.EADDRINUSE
@@ -245,7 +246,6 @@ class Daemon:
                 os.EX_CANTCREAT if in_use else os.EX_OSERR,
                 f"cannot listen on {where} (UDP): {error.strerror}",
             ) from error
-        return ListeningSocket(sock, memoryview(self._buffer), self.counters.lost)
 
     def _relay_host(self, family: Family) -> str:
         """Choose where relay ports are bound: peers must see them at the public address.

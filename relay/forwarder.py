@@ -98,6 +98,7 @@ class Forwarder:
         listeners: dict[Family, Listener],
         open_port: OpenPortIn,
         public_hosts: dict[Family, str],
+        relay_ports: range,
         channel_numbers: range,
         timers: Timers,
         unix_clock: Callable[[], float],
@@ -115,6 +116,7 @@ class Forwarder:
         self._listeners = listeners
         self._open_port = open_port
         self._public_hosts = public_hosts
+        self._relay_ports = relay_ports
         self._last_channel_byte = channel_numbers[-1] >> 8
         self._timers = timers
         self._unix_clock = unix_clock
@@ -252,7 +254,7 @@ class Forwarder:
         peer_socket = port.sockets[family]
         send = peer_socket.send
         public_host = self._public_hosts.get(family)
-        if bind.peer[0] == public_host:
+        if bind.peer[0] == public_host and bind.peer[1] in self._relay_ports:
             # Perhaps one of our own relayed addresses: that may change at any time.
             relayed_address = PeerAddress((public_host, bind.port))
             outside = peer_socket if bind.reaches_outside else None

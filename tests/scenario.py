@@ -93,6 +93,7 @@ class Scenario:
             listeners=dict.fromkeys(Family, self.network),
             open_port=self.network.open_port,
             public_hosts=public_hosts,
+            relay_ports=ports,
             channel_numbers=channel_numbers,
             timers=self.time,
             unix_clock=lambda: self.time.now - START + UNIX_START,

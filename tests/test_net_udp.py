@@ -10,7 +10,7 @@ import pytest
 
 from relay.net.addresses import is_local, local_addresses, outward_address
 from relay.net.reactor import Reactor
-from relay.net.udp import ListeningSocket, RelaySocket, bind_udp
+from relay.net.udp import ListeningSocket, RelaySocket, WildcardSocket, bind_udp, listen
 
 ERRORS = [
     errno.EAGAIN,
@@ -35,6 +35,9 @@ class FailingSocket:
     def getsockname(self) -> tuple[str, int]:
         return "127.0.0.1", 3478
 
+    def setsockopt(self, *_: Any) -> None:
+        pass
+
     def sendto(self, *_: Any) -> None:
         raise self._error
 
@@ -49,9 +52,11 @@ def test_what_cannot_be_sent_is_counted_and_that_is_all(error: int) -> None:
     reactor = Reactor()
     RelaySocket(sock, memoryview(b""), lost.append, reactor).send(b"x", ("127.0.0.1", 9))
     ListeningSocket(sock, memoryview(b""), lost.append).send(b"x", (("127.0.0.1", 9), b""))
+    wildcard = WildcardSocket(sock, memoryview(b""), lost.append)
+    wildcard.send(b"x", (("127.0.0.1", 9), b"\x7f\0\0\1"))
     reactor.close()
 
-    assert lost == [f"send_{errno.errorcode[error].lower()}"] * 2
+    assert lost == [f"send_{errno.errorcode[error].lower()}"] * 3
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "127.1.2.3"])
@@ -114,13 +119,12 @@ def test_what_the_kernel_knows_of_addresses() -> None:
 def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
     """Send to *address* of a listening socket on *bind*; the answer must come from there."""
     buffer = bytearray(100)
-    sock = bind_udp(bind, 0, 65536)
-    listener = ListeningSocket(sock, memoryview(buffer), _unexpected)
+    listener = listen(bind, 0, memoryview(buffer), _unexpected)
     clients: list[tuple[Any, bytes]] = []
     take: Callable[[int, Any], None] = lambda _, client: clients.append(client)  # noqa: E731
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as client:
-        client.connect((address, sock.getsockname()[1]))  # hears from nobody else
+        client.connect((address, listener.address[1]))  # hears from nobody else
         client.settimeout(10)
         client.send(b"ask")
         listener.receive(take)

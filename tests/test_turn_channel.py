@@ -424,9 +424,12 @@ class TestRelayToItself:
         assert relay.sent() == []
         assert relay.dropped() == {"peer_is_gone": 1}
 
-    def test_what_is_allowed_anyway_leaves_when_it_is_not_ours(self, relay: Scenario) -> None:
+    @pytest.mark.parametrize("port", [40000, 49152])  # outside and inside the range for allocations
+    def test_what_is_allowed_anyway_leaves_when_it_is_not_ours(
+        self, relay: Scenario, port: int
+    ) -> None:
         alice = relay.client("192.0.2.10:5000").allocates()
-        neighbour = relay.peer(f"{PUBLIC_IP4}:40000")
+        neighbour = relay.peer(f"{PUBLIC_IP4}:{port}")
         alice.binds(0x4001, neighbour)
 
         alice.sends_data(0x4001, b"hello")

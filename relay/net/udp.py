@@ -15,7 +15,10 @@ from typing import Any, Final
 
 from relay.net.reactor import Reactor
 
-READ_BUDGET: Final = 32  # datagrams per socket and turn of the reactor
+READ_BUDGET: Final = 32  # datagrams per socket and turn of the reactor, at most
+# Finding a socket empty costs as much as another turn. So a socket is read as often as it was
+# worth last time, and a little more often each time that was not enough.
+GROWTH: Final = 1.25
 LISTEN_BUFFER: Final = 4 << 20  # bytes the kernel may queue for the listening socket
 RELAY_BUFFER: Final = 512 << 10  # for each relay port: a burst of 200 large datagrams
 
@@ -73,7 +76,7 @@ def _set_buffers(sock: socket.socket, size: int) -> None:
 class RelaySocket:
     """The socket of one relay port in one family. It talks to peers."""
 
-    __slots__ = ("_buffer", "_lost", "_reactor", "_sendto", "_sock")
+    __slots__ = ("_buffer", "_expected", "_lost", "_reactor", "_sendto", "_sock")
 
     def __init__(
         self, sock: socket.socket, buffer: memoryview, lost: Lost, reactor: Reactor
@@ -84,20 +87,20 @@ class RelaySocket:
         self._buffer = buffer
         self._lost = lost
         self._sendto = sock.sendto
+        self._expected = 1.0
 
     def receive(self, on_datagram: OnDatagram) -> None:
-        """Read what is there, within the budget; hand over size and source of each datagram."""
+        """Read what is expected; hand over size and source of each datagram."""
         receive, buffer = self._sock.recvfrom_into, self._buffer
-        for _ in range(READ_BUDGET):
+        for count in range(int(self._expected)):
             try:
                 size, source = receive(buffer)
-            except BlockingIOError:
-                return
             except OSError as error:
-                self._lost(f"receive_{_name(error)}")
+                self._expected = _after_a_miss(count, error, self._lost)
                 return
             # Of an IPv6 source, flow label and scope do not count.
             on_datagram(size, source if len(source) == 2 else source[:2])
+        self._expected = min(self._expected * GROWTH, READ_BUDGET)
 
     def send(self, datagram: memoryview | bytes, to: SocketAddress) -> None:
         """Send one datagram to (host, port)."""
@@ -132,74 +135,50 @@ class RelayPorts:
         return relay_socket
 
 
-class ListeningSocket:
-    """A socket that clients talk to.
+def listen(host: str, port: int, buffer: memoryview, lost: Lost) -> "ListeningSocket":
+    """Bind a socket for clients that reads into *buffer*. Raises OSError."""
+    sock = bind_udp(host, port, LISTEN_BUFFER)
+    kind = WildcardSocket if host in {"0.0.0.0", "::"} else ListeningSocket  # noqa: S104
+    return kind(sock, buffer, lost)
 
-    Bound to a wildcard address, it notes which of the host's addresses each datagram was
-    sent to and answers from that one (IP_PKTINFO): the route's preferred source may be
-    another, which a client behind NAT would never hear. Clients are therefore pairs of
-    socket address and local address; the latter is empty if the socket has just one.
+
+class ListeningSocket:
+    """A socket that clients talk to, bound to one address.
+
+    Clients are pairs of socket address and local address; the latter is empty here, where
+    there is only one.
     """
 
     def __init__(self, sock: socket.socket, buffer: memoryview, lost: Lost) -> None:
         """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
         self._sock = sock
-        self._buffers = [buffer]
+        self._buffer = buffer
         self._lost = lost
+        self._expected = 1.0
         self.address: SocketAddress = sock.getsockname()
-        self._send_from: dict[bytes, list[tuple[int, int, bytes]]] = {b"": []}
-        self._is_ipv6 = sock.family == socket.AF_INET6
-        self._is_wildcard = self.address[0] in {"0.0.0.0", "::"}  # noqa: S104
-        if self._is_wildcard:
-            if self._is_ipv6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-            else:
-                sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
 
     def fileno(self) -> int:
         """Return the descriptor."""
         return self._sock.fileno()
 
     def receive(self, on_datagram: OnDatagram) -> None:
-        """Read what is there, within the budget; hand over size and client of each datagram."""
-        receive, buffers = self._sock.recvmsg_into, self._buffers
-        # struct in_pktinfo:  interface, local address, destination in the header
-        # struct in6_pktinfo: destination, interface
-        room = _PKTINFO_ROOM if self._is_wildcard else 0
-        local_part = slice(0, 16) if self._is_ipv6 else slice(4, 8)
-        local = b""
-        for _ in range(READ_BUDGET):
+        """Read what is expected; hand over size and client of each datagram."""
+        receive, buffer = self._sock.recvfrom_into, self._buffer
+        for count in range(int(self._expected)):
             try:
-                size, ancillary, _, source = receive(buffers, room)
-            except BlockingIOError:
-                return
+                size, source = receive(buffer)
             except OSError as error:
-                self._lost(f"receive_{_name(error)}")
+                self._expected = _after_a_miss(count, error, self._lost)
                 return
-            if ancillary:
-                local = ancillary[0][2][local_part]
-            on_datagram(size, (source, local))
+            on_datagram(size, (source, b""))
+        self._expected = min(self._expected * GROWTH, READ_BUDGET)
 
     def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> None:
-        """Send one datagram to a client, from the address that it wrote to."""
-        address, local = to
+        """Send one datagram to a client."""
         try:
-            self._sock.sendmsg((datagram,), self._ancillary(local), 0, address)
+            self._sock.sendto(datagram, to[0])
         except OSError as error:
             self._lost(f"send_{_name(error)}")
-
-    def _ancillary(self, local: bytes) -> list[tuple[int, int, bytes]]:
-        """Return the control message that sets the source; the interface is the route's."""
-        known = self._send_from.get(local)
-        if known is None:
-            if len(self._send_from) >= _MOST_LOCAL_ADDRESSES:
-                self._send_from = {b"": []}
-            if self._is_ipv6:
-                info = (socket.IPPROTO_IPV6, _IPV6_PKTINFO, struct.pack("16sI", local, 0))
-            else:
-                info = (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("I4s4s", 0, local, bytes(4)))
-            known = self._send_from[local] = [info]
-        return known
 
     def close(self) -> None:
         """Give the port back to the system."""
@@ -207,9 +186,68 @@ class ListeningSocket:
             self._sock.close()
 
 
+class WildcardSocket(ListeningSocket):
+    """A socket that clients talk to, at every address of this host.
+
+    It notes which of them each datagram was sent to, and answers from that one (IP_PKTINFO):
+    the route's preferred source may be another, which a client behind NAT would never hear.
+    """
+
+    def __init__(self, sock: socket.socket, buffer: memoryview, lost: Lost) -> None:
+        """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
+        super().__init__(sock, buffer, lost)
+        self._buffers = [buffer]
+        self._sources: dict[bytes, list[tuple[int, int, bytes]]] = {}
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+            self._local_part = slice(0, 16)  # struct in6_pktinfo: destination, interface
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+            self._local_part = slice(4, 8)  # struct in_pktinfo: interface, local address, ...
+
+    def receive(self, on_datagram: OnDatagram) -> None:
+        """Read what is expected; hand over size and client of each datagram."""
+        receive, buffers, local_part = self._sock.recvmsg_into, self._buffers, self._local_part
+        for count in range(int(self._expected)):
+            try:
+                size, ancillary, _, source = receive(buffers, _PKTINFO_ROOM)
+            except OSError as error:
+                self._expected = _after_a_miss(count, error, self._lost)
+                return
+            on_datagram(size, (source, ancillary[0][2][local_part]))
+        self._expected = min(self._expected * GROWTH, READ_BUDGET)
+
+    def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> None:
+        """Send one datagram to a client, from the address that it wrote to."""
+        address, local = to
+        try:
+            source = self._sources.get(local) or self._source(local)
+            self._sock.sendmsg((datagram,), source, 0, address)
+        except OSError as error:
+            self._lost(f"send_{_name(error)}")
+
+    def _source(self, local: bytes) -> list[tuple[int, int, bytes]]:
+        """Return the control message that sets the source; the interface is the route's."""
+        if len(self._sources) >= _MOST_LOCAL_ADDRESSES:
+            self._sources.clear()
+        if len(local) == 16:
+            info = (socket.IPPROTO_IPV6, _IPV6_PKTINFO, struct.pack("16sI", local, 0))
+        else:
+            info = (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("I4s4s", 0, local, bytes(4)))
+        source = self._sources[local] = [info]
+        return source
+
+
 _PKTINFO_ROOM: Final = socket.CMSG_SPACE(20)  # of the larger one, in6_pktinfo
 # A whole prefix can be local to a host (AnyIP); what is remembered of it stays small.
 _MOST_LOCAL_ADDRESSES: Final = 256
+
+
+def _after_a_miss(count: int, error: OSError, lost: Lost) -> float:
+    """Return how many datagrams to expect next time, when there were only *count*."""
+    if not isinstance(error, BlockingIOError):
+        lost(f"receive_{_name(error)}")
+    return max(count, 1)
 
 
 def _name(error: OSError) -> str:
