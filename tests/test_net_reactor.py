@@ -12,7 +12,7 @@ import pytest
 from relay.net.mailbox import Mailbox
 from relay.net.reactor import Reactor
 from relay.net.signals import Signals
-from relay.net.udp import READ_BUDGET, RelaySocket, bind_udp
+from relay.net.udp import LONE_READS, READ_BUDGET, RelaySocket, bind_udp
 
 
 class Clock:
@@ -48,7 +48,6 @@ class Inbox:
     def __init__(self, reactor: Reactor) -> None:
         self.sock = bind_udp("127.0.0.1", 0, 4 << 20)
         self._buffer = bytearray(65536)
-        self._reactor = reactor
         self._socket = RelaySocket(self.sock, memoryview(self._buffer), self.lost, reactor)
         self.received: list[bytes] = []
         self.losses: list[str] = []
@@ -65,13 +64,6 @@ class Inbox:
     def is_sent(self, count: int) -> None:
         for number in range(count):
             self._outside.send(b"%d" % number)
-
-    def heats_up(self) -> None:
-        """Send and read so much that the next portion is as large as any."""
-        self.is_sent(20 * READ_BUDGET)
-        while len(self.received) < 20 * READ_BUDGET:
-            self._reactor.turn()
-        self.received.clear()
 
     def close(self) -> None:
         self._socket.close()
@@ -92,47 +84,50 @@ def cold(reactor: Reactor) -> Iterator[Inbox]:
     inbox.close()
 
 
-def test_a_burst_is_read_in_growing_portions_and_in_order(reactor: Reactor, hot: Inbox) -> None:
+def test_a_burst_is_read_in_portions_and_in_order(reactor: Reactor, hot: Inbox) -> None:
     hot.is_sent(200)
-    portions = []
-    while len(hot.received) < 200:
-        before = len(hot.received)
-        reactor.turn()
-        portions.append(len(hot.received) - before)
+    reactor.turn()
+    assert len(hot.received) == READ_BUDGET
 
-    assert portions[0] == 1
-    assert portions[:-1] == sorted(portions[:-1])
-    assert max(portions) <= READ_BUDGET
-    assert len(portions) < 20
+    while len(hot.received) < 200:
+        reactor.turn()
     assert hot.received == [b"%d" % number for number in range(200)]
     assert hot.losses == []
+
+
+def test_after_a_lone_datagram_a_few_are_read_one_by_one(reactor: Reactor, hot: Inbox) -> None:
+    hot.is_sent(1)
+    reactor.turn()
+    hot.is_sent(200)
+    for _ in range(LONE_READS):
+        reactor.turn()
+    assert len(hot.received) == 1 + LONE_READS
+
+    reactor.turn()
+    assert len(hot.received) == 1 + LONE_READS + READ_BUDGET
 
 
 def test_a_hot_socket_does_not_keep_a_cold_one_waiting(
     reactor: Reactor, hot: Inbox, cold: Inbox
 ) -> None:
-    hot.heats_up()
     hot.is_sent(10 * READ_BUDGET)
     cold.is_sent(1)
     reactor.turn()
 
     assert len(cold.received) == 1
-    assert READ_BUDGET // 2 < len(hot.received) <= READ_BUDGET
+    assert len(hot.received) == READ_BUDGET
 
 
 def test_a_flood_does_not_keep_a_timer_waiting(reactor: Reactor, clock: Clock, hot: Inbox) -> None:
-    hot.heats_up()
     at: list[int] = []
     reactor.call_at(clock.now + 1, lambda: at.append(len(hot.received)))
     hot.is_sent(10 * READ_BUDGET)
     reactor.turn()
     assert at == []
-    portion = len(hot.received)
-    assert READ_BUDGET // 2 < portion <= READ_BUDGET
 
     clock.now += 1
     reactor.turn()
-    assert at == [portion]  # before this turn's portion of the flood
+    assert at == [READ_BUDGET]  # before this turn's portion of the flood
 
 
 def test_timers_come_in_order_and_once(reactor: Reactor, clock: Clock) -> None:

@@ -16,9 +16,9 @@ from typing import Any, Final
 from relay.net.reactor import Reactor
 
 READ_BUDGET: Final = 32  # datagrams per socket and turn of the reactor, at most
-# Finding a socket empty costs as much as another turn. So a socket is read as often as it was
-# worth last time, and a little more often each time that was not enough.
-GROWTH: Final = 1.25
+# Finding a socket empty costs an exception. Where datagrams come one at a time that is as much
+# as reading one, so after such a one the next few are read without looking for more.
+LONE_READS: Final = 4
 LISTEN_BUFFER: Final = 4 << 20  # bytes the kernel may queue for the listening socket
 RELAY_BUFFER: Final = 512 << 10  # for each relay port: a burst of 200 large datagrams
 
@@ -76,7 +76,7 @@ def _set_buffers(sock: socket.socket, size: int) -> None:
 class RelaySocket:
     """The socket of one relay port in one family. It talks to peers."""
 
-    __slots__ = ("_buffer", "_expected", "_lost", "_reactor", "_sendto", "_sock")
+    __slots__ = ("_buffer", "_lone", "_lost", "_reactor", "_sendto", "_sock")
 
     def __init__(
         self, sock: socket.socket, buffer: memoryview, lost: Lost, reactor: Reactor
@@ -87,20 +87,21 @@ class RelaySocket:
         self._buffer = buffer
         self._lost = lost
         self._sendto = sock.sendto
-        self._expected = 1.0
+        self._lone = 0
 
     def receive(self, on_datagram: OnDatagram) -> None:
-        """Read what is expected; hand over size and source of each datagram."""
+        """Read what is there, within the budget; hand over size and source of each datagram."""
         receive, buffer = self._sock.recvfrom_into, self._buffer
-        for count in range(int(self._expected)):
+        for count in range(1 if self._lone else READ_BUDGET):
             try:
                 size, source = receive(buffer)
             except OSError as error:
-                self._expected = _after_a_miss(count, error, self._lost)
+                self._lone = _lone_reads_after(count, error, self._lost)
                 return
             # Of an IPv6 source, flow label and scope do not count.
             on_datagram(size, source if len(source) == 2 else source[:2])
-        self._expected = min(self._expected * GROWTH, READ_BUDGET)
+        if self._lone:
+            self._lone -= 1
 
     def send(self, datagram: memoryview | bytes, to: SocketAddress) -> None:
         """Send one datagram to (host, port)."""
@@ -154,7 +155,7 @@ class ListeningSocket:
         self._sock = sock
         self._buffer = buffer
         self._lost = lost
-        self._expected = 1.0
+        self._lone = 0
         self.address: SocketAddress = sock.getsockname()
 
     def fileno(self) -> int:
@@ -162,16 +163,17 @@ class ListeningSocket:
         return self._sock.fileno()
 
     def receive(self, on_datagram: OnDatagram) -> None:
-        """Read what is expected; hand over size and client of each datagram."""
+        """Read what is there, within the budget; hand over size and client of each datagram."""
         receive, buffer = self._sock.recvfrom_into, self._buffer
-        for count in range(int(self._expected)):
+        for count in range(1 if self._lone else READ_BUDGET):
             try:
                 size, source = receive(buffer)
             except OSError as error:
-                self._expected = _after_a_miss(count, error, self._lost)
+                self._lone = _lone_reads_after(count, error, self._lost)
                 return
             on_datagram(size, (source, b""))
-        self._expected = min(self._expected * GROWTH, READ_BUDGET)
+        if self._lone:
+            self._lone -= 1
 
     def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> None:
         """Send one datagram to a client."""
@@ -206,16 +208,17 @@ class WildcardSocket(ListeningSocket):
             self._local_part = slice(4, 8)  # struct in_pktinfo: interface, local address, ...
 
     def receive(self, on_datagram: OnDatagram) -> None:
-        """Read what is expected; hand over size and client of each datagram."""
+        """Read what is there, within the budget; hand over size and client of each datagram."""
         receive, buffers, local_part = self._sock.recvmsg_into, self._buffers, self._local_part
-        for count in range(int(self._expected)):
+        for count in range(1 if self._lone else READ_BUDGET):
             try:
                 size, ancillary, _, source = receive(buffers, _PKTINFO_ROOM)
             except OSError as error:
-                self._expected = _after_a_miss(count, error, self._lost)
+                self._lone = _lone_reads_after(count, error, self._lost)
                 return
             on_datagram(size, (source, ancillary[0][2][local_part]))
-        self._expected = min(self._expected * GROWTH, READ_BUDGET)
+        if self._lone:
+            self._lone -= 1
 
     def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> None:
         """Send one datagram to a client, from the address that it wrote to."""
@@ -243,11 +246,11 @@ _PKTINFO_ROOM: Final = socket.CMSG_SPACE(20)  # of the larger one, in6_pktinfo
 _MOST_LOCAL_ADDRESSES: Final = 256
 
 
-def _after_a_miss(count: int, error: OSError, lost: Lost) -> float:
-    """Return how many datagrams to expect next time, when there were only *count*."""
+def _lone_reads_after(count: int, error: OSError, lost: Lost) -> int:
+    """Return how many lone reads are to follow a socket that held *count* datagrams."""
     if not isinstance(error, BlockingIOError):
         lost(f"receive_{_name(error)}")
-    return max(count, 1)
+    return LONE_READS if count <= 1 else 0
 
 
 def _name(error: OSError) -> str:
