@@ -80,7 +80,7 @@ class Idle:
             channel_numbers=RFC8656_NUMBERS,
             timers=self._reactor,
             unix_clock=lambda: UNIX_START,
-            is_local=lambda _: False,
+            is_relay_host=lambda _: False,
             counters=self.counters,
         )
 

@@ -90,7 +90,7 @@ class Table:
             channel_numbers=RFC8656_NUMBERS,
             timers=relay.time,
             unix_clock=lambda: UNIX_START,
-            is_local=lambda _: False,
+            is_relay_host=lambda _: False,
             counters=self.counters,
         )
         requests = []

@@ -30,7 +30,7 @@ from relay.portal.phoenix import (
     PortalRefused,
     PortalUnavailable,
 )
-from relay.stun.address import format_endpoint
+from relay.stun.address import family_of, format_endpoint
 from relay.stun.const import Family
 from relay.turn.auth import Authenticator, mint
 from relay.turn.channeldata import HEADER_SIZE
@@ -111,7 +111,7 @@ class Daemon:
             channel_numbers=config.channel_numbers,
             timers=self.reactor,
             unix_clock=time.time,
-            is_local=is_local,
+            is_relay_host=self._is_relay_host,
             counters=self.counters,
         )
         for listener in self._listeners.values():
@@ -246,6 +246,11 @@ class Daemon:
                 os.EX_CANTCREAT if in_use else os.EX_OSERR,
                 f"cannot listen on {where} (UDP): {error.strerror}",
             ) from error
+
+    def _is_relay_host(self, host: str) -> bool:
+        """Tell if relay ports send from *host*: the one they are bound to, or any of ours."""
+        bound = self._relay_host(family_of(host))
+        return is_local(host) if bound in {"0.0.0.0", "::"} else host == bound  # noqa: S104
 
     def _relay_host(self, family: Family) -> str:
         """Choose where relay ports are bound: peers must see them at the public address.

@@ -102,13 +102,14 @@ class Forwarder:
         channel_numbers: range,
         timers: Timers,
         unix_clock: Callable[[], float],
-        is_local: Callable[[str], bool],
+        is_relay_host: Callable[[str], bool],
         counters: Counters,
     ) -> None:
         """Connect *server* with what sends and receives.
 
         Clients' datagrams are read to the start of *buffer*, peers' to
-        :data:`~relay.turn.channeldata.HEADER_SIZE` bytes after it.
+        :data:`~relay.turn.channeldata.HEADER_SIZE` bytes after it. ``is_relay_host(host)``
+        tells if relay ports send from *host*.
         """
         self._server = server
         self._buffer = buffer
@@ -120,7 +121,7 @@ class Forwarder:
         self._last_channel_byte = channel_numbers[-1] >> 8
         self._timers = timers
         self._unix_clock = unix_clock
-        self._is_local = is_local
+        self._is_relay_host = is_relay_host
         self._counters = counters
         self._ports: dict[int, _Port] = {}
         self._to_peer: dict[tuple[ClientAddress, int], ToPeer] = {}
@@ -186,7 +187,7 @@ class Forwarder:
         if size > LARGEST_STUN:
             self._drop(Drop.OVERSIZED_STUN)
             return
-        if port in self._ports and self._is_local(host):
+        if self._is_relayed_here(host, port):
             # Or a client could stack allocations into a loop. RFC 8656 §21.1.7
             self._drop(Drop.FROM_ITSELF)
             return
@@ -200,6 +201,13 @@ class Forwarder:
             self._drop(drop)
             return
         self._run_commands()
+
+    def _is_relayed_here(self, host: str, port: int) -> bool:
+        """Tell if one of our own relay ports is the source of a datagram."""
+        relay_port = self._ports.get(port)
+        if relay_port is None or family_of(host) not in relay_port.sockets:
+            return False
+        return self._is_relay_host(host)
 
     def _run_commands(self) -> None:
         while (command := self._server.next_command()) is not None:

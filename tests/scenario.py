@@ -97,7 +97,7 @@ class Scenario:
             channel_numbers=channel_numbers,
             timers=self.time,
             unix_clock=lambda: self.time.now - START + UNIX_START,
-            is_local=lambda host: host in public_hosts.values(),
+            is_relay_host=lambda host: host in public_hosts.values(),
             counters=self.counters,
         )
 
