@@ -16,7 +16,7 @@ from relay import sandbox
 from relay.config import Config
 from relay.forwarder import LARGEST_DATAGRAM, Forwarder
 from relay.metrics import Counters
-from relay.net.addresses import is_local, local_addresses
+from relay.net.addresses import WILDCARDS, is_local, local_addresses
 from relay.net.mailbox import Mailbox
 from relay.net.reactor import Reactor, log_bug
 from relay.net.signals import Signals
@@ -72,6 +72,9 @@ class Daemon:
 
         self._buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
         self._listeners = {family: self._listen(host) for family, host in config.bind_hosts.items()}
+        self._relay_hosts: dict[int, str] = {
+            family: self._relay_host(family) for family in config.public_hosts
+        }
         ports = range(config.lowest_port, config.highest_port + 1)
         own_hosts = {*config.public_hosts.values(), *config.bind_hosts.values(), *local_addresses()}
         self.server = Server(
@@ -102,7 +105,7 @@ class Daemon:
             listeners=dict(self._listeners),
             open_port=RelayPorts(
                 self.reactor,
-                {family: self._relay_host(family) for family in config.public_hosts},
+                self._relay_hosts,
                 memoryview(self._buffer)[HEADER_SIZE:],
                 self.counters.lost,
             ).open,
@@ -249,8 +252,8 @@ class Daemon:
 
     def _is_relay_host(self, host: str) -> bool:
         """Tell if relay ports send from *host*: the one they are bound to, or any of ours."""
-        bound = self._relay_host(family_of(host))
-        return is_local(host) if bound in {"0.0.0.0", "::"} else host == bound  # noqa: S104
+        bound = self._relay_hosts[family_of(host)]
+        return is_local(host) if bound in WILDCARDS else host == bound
 
     def _relay_host(self, family: Family) -> str:
         """Choose where relay ports are bound: peers must see them at the public address.
@@ -259,7 +262,7 @@ class Daemon:
         Behind a 1:1 NAT it is not ours to bind, and the listening address has to do.
         """
         public, bind = self._config.public_hosts[family], self._config.bind_hosts[family]
-        return public if bind in {"0.0.0.0", "::"} and is_local(public) else bind  # noqa: S104
+        return public if bind in WILDCARDS and is_local(public) else bind
 
     def _welcome(self) -> None:
         config = self._config

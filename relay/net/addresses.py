@@ -7,6 +7,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
+WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - every address of this host
+
 # Somewhere out there: documentation addresses, which only the default route leads to.
 _FAR_AWAY: Final = {socket.AF_INET: "198.51.100.1", socket.AF_INET6: "2001:db8::1"}
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
+from relay.net.addresses import WILDCARDS
 from relay.net.reactor import Reactor
 
 READ_BUDGET: Final = 32  # datagrams per socket and turn of the reactor, at most
@@ -139,7 +140,7 @@ class RelayPorts:
 def listen(host: str, port: int, buffer: memoryview, lost: Lost) -> "ListeningSocket":
     """Bind a socket for clients that reads into *buffer*. Raises OSError."""
     sock = bind_udp(host, port, LISTEN_BUFFER)
-    kind = WildcardSocket if host in {"0.0.0.0", "::"} else ListeningSocket  # noqa: S104
+    kind = WildcardSocket if host in WILDCARDS else ListeningSocket
     return kind(sock, buffer, lost)
 
 

@@ -103,6 +103,7 @@ class PortalClient:
                 except Stopped:
                     raise
                 except Exception as error:
+                    # Of bytes from outside anything can come, and none of it may end the thread.
                     if not isinstance(error, EXPECTED):
                         logger.debug("unexpected from the portal", exc_info=True)
                     self._disconnect()
