@@ -114,8 +114,9 @@ class Idle:
 class Unheard:
     """A listening socket whose answers nobody takes."""
 
-    def send(self, datagram: memoryview | bytes, to: Any) -> None:  # noqa: ANN401
+    def send(self, datagram: memoryview | bytes, to: Any) -> bool:  # noqa: ANN401, ARG002
         """Do nothing."""
+        return True
 
 
 def address_of(number: int) -> tuple[str, int]:

@@ -64,8 +64,9 @@ def test_unknown_channel(benchmark: BenchmarkFixture, table: "Table") -> None:
 class Nothing:
     """A socket."""
 
-    def send(self, datagram: memoryview | bytes, to: Any) -> None:  # noqa: ANN401
+    def send(self, datagram: memoryview | bytes, to: Any) -> bool:  # noqa: ANN401, ARG002
         """Do nothing."""
+        return True
 
     def close(self) -> None:
         """Do nothing."""

@@ -47,25 +47,25 @@ LARGEST_STUN: Final = 2048
 _NEITHER: Final = 0xFF  # a first byte that is neither STUN nor ChannelData
 _pack_into = HEADER.pack_into
 
-ToPeer = tuple[Callable[[memoryview, PeerAddress], None], PeerAddress]
+ToPeer = tuple[Callable[[memoryview, PeerAddress], bool], PeerAddress]
 """How to reach a peer: the sending end, and where to."""
 
-ToClient = tuple[int, Callable[[memoryview, ClientAddress], None], ClientAddress]
+ToClient = tuple[int, Callable[[memoryview, ClientAddress], bool], ClientAddress]
 """How to reach a client: the channel number for the header, the sending end, and where to."""
 
 
 class Listener(Protocol):
     """The socket that clients of one family talk to."""
 
-    def send(self, datagram: memoryview | bytes, to: ClientAddress) -> None:
-        """Send one datagram, or count it as lost."""
+    def send(self, datagram: memoryview | bytes, to: ClientAddress) -> bool:
+        """Send one datagram, or count it as lost; return whether it was sent."""
 
 
 class RelaySocket(Protocol):
     """The socket of a relay port in one family."""
 
-    def send(self, datagram: memoryview, to: PeerAddress) -> None:
-        """Send one datagram, or count it as lost."""
+    def send(self, datagram: memoryview, to: PeerAddress) -> bool:
+        """Send one datagram, or count it as lost; return whether it was sent."""
 
     def close(self) -> None:
         """Give up the port."""
@@ -123,6 +123,8 @@ class Forwarder:
         self._unix_clock = unix_clock
         self._is_relay_host = is_relay_host
         self._counters = counters
+        self._sizes_to_peer = counters.to_peer
+        self._sizes_to_client = counters.to_client
         self._ports: dict[int, _Port] = {}
         self._to_peer: dict[tuple[ClientAddress, int], ToPeer] = {}
         self.on_last_port_closed: Callable[[], None] | None = None
@@ -150,7 +152,8 @@ class Forwarder:
             return
         number, send, client = route
         _pack_into(self._buffer, 0, number, size)
-        send(self._view[: HEADER_SIZE + size], client)
+        if send(self._view[: HEADER_SIZE + size], client):
+            self._sizes_to_client[size] += 1
 
     def on_timeout(self) -> None:
         """Let the server end what is due."""
@@ -177,7 +180,8 @@ class Forwarder:
             self._drop(Drop.UNBOUND_CHANNEL)
             return
         send, peer = route
-        send(self._view[HEADER_SIZE : HEADER_SIZE + length], peer)
+        if send(self._view[HEADER_SIZE : HEADER_SIZE + length], peer):
+            self._sizes_to_peer[length] += 1
 
     def _on_stun(self, size: int, client: ClientAddress) -> None:
         host, port = client[0][:2]
@@ -279,7 +283,7 @@ class Forwarder:
         outside: RelaySocket | None,
         payload: memoryview,
         peer: PeerAddress,
-    ) -> None:
+    ) -> bool:
         """Send from *relayed_address* to a port of our own host: inside, if it is an allocation.
 
         No kernel, NAT or hairpin is needed for that. Otherwise the datagram goes *outside*,
@@ -288,10 +292,11 @@ class Forwarder:
         port = self._ports.get(peer[1])
         if port is not None and family_of(peer[0]) in port.sockets:
             self.on_peer_datagram(port.routes, len(payload), relayed_address)
-        elif outside is not None:
-            outside.send(payload, peer)
-        else:
-            self._drop(Drop.PEER_IS_GONE)
+            return True
+        if outside is not None:
+            return outside.send(payload, peer)
+        self._drop(Drop.PEER_IS_GONE)
+        return False
 
     def _listener(self, client: ClientAddress) -> Listener:
         return self._listeners[family_of(client[0][0])]

@@ -1,14 +1,22 @@
-"""What is counted. Counters are plain numbers: the data path can afford an addition."""
+"""What is counted. Counters are plain numbers: the data path can afford one addition."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 
 class Counters:
-    """The relay's counters since it started."""
+    """The relay's counters since it started.
 
-    __slots__ = ("bugs", "dropped")
+    Relayed datagrams are counted by the size of their payload, in bytes: how many there were,
+    how many bytes they had and how their sizes are distributed all follow from that, and it
+    is one addition per datagram, or per train of equal ones.
+    """
+
+    __slots__ = ("bugs", "dropped", "to_client", "to_peer", "trains")
 
     def __init__(self) -> None:
+        self.to_peer: defaultdict[int, int] = defaultdict(int)  # sent on to peers, by size
+        self.to_client: defaultdict[int, int] = defaultdict(int)  # sent on to clients, by size
+        self.trains: defaultdict[int, int] = defaultdict(int)  # those of two and more, by length
         self.dropped: Counter[str] = Counter()  # datagrams not relayed or answered, by reason
         self.bugs = 0  # exceptions that a handler let through
 

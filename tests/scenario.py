@@ -358,9 +358,13 @@ class Network:
         self.opened: list[int] = []  # every port ever opened, in order
         self.occupied: set[tuple[Family, int]] = set()  # held by other processes
         self.failure: int | None = None  # an errno with which every open fails
+        self.is_full = False  # takes no datagram
 
-    def send(self, datagram: memoryview | bytes, to: ClientAddress) -> None:
+    def send(self, datagram: memoryview | bytes, to: ClientAddress) -> bool:
+        if self.is_full:
+            return False
         self.sent.append(ToClient(to, bytes(datagram)))
+        return True
 
     def open_port(
         self, family: Family, port: int, on_datagram: Callable[[int, PeerAddress], None]
@@ -389,10 +393,13 @@ class FakeSocket:
         self._port = port
         self.on_datagram = on_datagram
 
-    def send(self, datagram: memoryview, to: PeerAddress) -> None:
+    def send(self, datagram: memoryview, to: PeerAddress) -> bool:
         assert family_of(to[0]) is self._family
         assert self._network.sockets[self._family, self._port] is self
+        if self._network.is_full:
+            return False
         self._network.sent.append(ToPeer(self._port, to, bytes(datagram)))
+        return True
 
     def close(self) -> None:
         assert self._network.sockets.pop((self._family, self._port)) is self

@@ -60,6 +60,8 @@ class Reactor:
         self._timers: TimerWheel[Handler] = TimerWheel(clock())
         self._retired: list[Closable] = []
         self._stopped = False
+        self.awake_since: float | None = None  # on the clock; None while it waits
+        self.longest_turn = 0.0  # seconds, since whoever watches it set it to 0
 
     def register(self, source: Closable, on_readable: Handler) -> None:
         """Call *on_readable* whenever *source* has something to read."""
@@ -106,11 +108,13 @@ class Reactor:
 
     def turn(self) -> None:
         """Wait for something to do, and do it."""
+        clock = self.clock
         deadline = self._timers.next_deadline
-        timeout = None if deadline is None else max(0.0, deadline - self.clock())
+        timeout = None if deadline is None else max(0.0, deadline - clock())
         events = self._epoll.poll(timeout, MAX_EVENTS)
-        if deadline is not None and deadline <= self.clock():
-            for callback in self._timers.advance(self.clock()):
+        self.awake_since = woke = clock()
+        if deadline is not None and deadline <= woke:
+            for callback in self._timers.advance(woke):
                 self._call(callback)
         handlers = self._handlers
         for fd, _ in events:
@@ -120,6 +124,10 @@ class Reactor:
                 self._call(handler)
         if self._retired:
             self.close_retired()
+        self.awake_since = None
+        lasted = clock() - woke
+        if lasted > self.longest_turn:
+            self.longest_turn = lasted
 
     def stop(self) -> None:
         """Return from :meth:`run` after the present turn."""

@@ -104,12 +104,14 @@ class RelaySocket:
         if self._lone:
             self._lone -= 1
 
-    def send(self, datagram: memoryview | bytes, to: SocketAddress) -> None:
-        """Send one datagram to (host, port)."""
+    def send(self, datagram: memoryview | bytes, to: SocketAddress) -> bool:
+        """Send one datagram to (host, port); return whether the kernel took it."""
         try:
             self._sendto(datagram, to)
         except OSError as error:
             self._lost(f"send_{_name(error)}")
+            return False
+        return True
 
     def close(self) -> None:
         """Stop reading at once; the port is given back after the present batch of events."""
@@ -176,12 +178,14 @@ class ListeningSocket:
         if self._lone:
             self._lone -= 1
 
-    def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> None:
-        """Send one datagram to a client."""
+    def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> bool:
+        """Send one datagram to a client; return whether the kernel took it."""
         try:
             self._sock.sendto(datagram, to[0])
         except OSError as error:
             self._lost(f"send_{_name(error)}")
+            return False
+        return True
 
     def close(self) -> None:
         """Give the port back to the system."""
@@ -221,14 +225,19 @@ class WildcardSocket(ListeningSocket):
         if self._lone:
             self._lone -= 1
 
-    def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> None:
-        """Send one datagram to a client, from the address that it wrote to."""
+    def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> bool:
+        """Send one datagram to a client, from the address that it wrote to.
+
+        Returns whether the kernel took it.
+        """
         address, local = to
         try:
             source = self._sources.get(local) or self._source(local)
             self._sock.sendmsg((datagram,), source, 0, address)
         except OSError as error:
             self._lost(f"send_{_name(error)}")
+            return False
+        return True
 
     def _source(self, local: bytes) -> list[tuple[int, int, bytes]]:
         """Return the control message that sets the source; the interface is the route's."""
