@@ -37,6 +37,7 @@ from relay.turn.commands import (
     SendMessage,
     UnbindChannel,
 )
+from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server
 
 logger = logging.getLogger("relay.forwarder")
@@ -161,6 +162,11 @@ class Forwarder:
             self._server.handle_timeout(self._timers.clock())
         finally:  # whatever happened, the next deadline must be set
             self._run_commands()
+
+    def change_peer_policy(self, peer_policy: PeerPolicy) -> None:
+        """Go on with other rules; channels that they forbid relay nothing from here on."""
+        self._server.change_peer_policy(peer_policy, now=self._timers.clock())
+        self._run_commands()
 
     def close(self) -> None:
         """Close every relay port."""

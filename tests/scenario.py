@@ -15,7 +15,7 @@ import errno
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 from relay.forwarder import LARGEST_DATAGRAM, Forwarder
@@ -56,6 +56,10 @@ class Scenario:
         max_channels: int = 100_000,
         channel_numbers: range = RFC8656_NUMBERS,
         one_allocation_per_username: bool = False,
+        max_allocations_per_username: int | None = None,
+        max_allocations_per_ip: int | None = None,
+        unauthenticated_rate_per_prefix: int = 0,
+        unauthenticated_rate: int = 0,
         allow_peers: Iterable[str] = DOCUMENTATION,
         deny_peers: Iterable[str] = (),
         software: str | None = None,
@@ -67,22 +71,25 @@ class Scenario:
         self.network = Network()
         self.counters = Counters()
         rng = random.Random(1)
+        self.settings = Settings(
+            public_hosts=public_hosts,
+            ports=ports,
+            listen_port=LISTEN_PORT,
+            max_allocations=max_allocations,
+            max_sockets=max_sockets,
+            max_channels=max_channels,
+            channel_numbers=channel_numbers,
+            one_allocation_per_username=one_allocation_per_username,
+            max_allocations_per_username=max_allocations_per_username,
+            max_allocations_per_ip=max_allocations_per_ip,
+            unauthenticated_rate_per_prefix=unauthenticated_rate_per_prefix,
+            unauthenticated_rate=unauthenticated_rate,
+            software=software,
+        )
         self.server = Server(
-            Settings(
-                public_hosts=public_hosts,
-                ports=ports,
-                listen_port=LISTEN_PORT,
-                max_allocations=max_allocations,
-                max_sockets=max_sockets,
-                max_channels=max_channels,
-                channel_numbers=channel_numbers,
-                one_allocation_per_username=one_allocation_per_username,
-                software=software,
-            ),
+            self.settings,
             authenticator=Authenticator(SECRET, rng.randbytes(32)),
-            peer_policy=PeerPolicy(
-                allow_peers, deny_peers, [(host, LISTEN_PORT) for host in both.values()]
-            ),
+            peer_policy=_peer_policy(allow_peers, deny_peers),
             randbelow=rng.randrange,
             now=self.time.now,
         )
@@ -138,6 +145,14 @@ class Scenario:
 
     def drain(self) -> None:
         self.server.drain()
+
+    def changes_settings(self, **changed: Any) -> None:
+        self.settings = replace(self.settings, **changed)
+        self.server.change_settings(self.settings)
+
+    def changes_peers(self, allow: Iterable[str] = DOCUMENTATION, deny: Iterable[str] = ()) -> None:
+        self.forwarder.change_peer_policy(_peer_policy(allow, deny))
+        self.server.check()
 
 
 class Client:
@@ -403,6 +418,10 @@ class FakeSocket:
 
     def close(self) -> None:
         assert self._network.sockets.pop((self._family, self._port)) is self
+
+
+def _peer_policy(allow: Iterable[str], deny: Iterable[str]) -> PeerPolicy:
+    return PeerPolicy(allow, deny, [(host, LISTEN_PORT) for host in (PUBLIC_IP4, PUBLIC_IP6)])
 
 
 _ids = iter(range(1, 1 << 62))

@@ -57,6 +57,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
 # and this of the standard library: no socket, clock, thread, file or dice among it.
 PURE: Final = ("relay.stun", "relay.turn", "relay.timerwheel", "relay.portal.phoenix")
 PURE_MAY_IMPORT: Final = (
+    "array",
     "base64",
     "binascii",
     "bisect",

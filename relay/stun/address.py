@@ -25,6 +25,12 @@ def pack_host(host: str) -> bytes:
     return IPv6Address(host).packed if ":" in host else IPv4Address(host).packed
 
 
+def prefix_of(host: str, ipv4_bytes: int, ipv6_bytes: int) -> bytes:
+    """Return the first bytes of a numeric host: as many as its family counts."""
+    packed = pack_host(host)
+    return packed[: ipv4_bytes if len(packed) == 4 else ipv6_bytes]
+
+
 def unpack_host(packed: bytes) -> str:
     """Return the text of 4 or 16 bytes, spelled as ``inet_ntop`` does."""
     if len(packed) == 4:

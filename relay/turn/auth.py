@@ -7,6 +7,7 @@ that the relay can check without having seen them before.
 import hashlib
 import hmac
 from base64 import b64encode
+from enum import Enum
 from typing import Final
 
 from relay.stun.integrity import long_term_key
@@ -17,6 +18,14 @@ NONCE_LIFETIME: Final = 3600  # seconds
 _EXPIRY_DIGITS: Final = 20  # as many as 2^64 - 1 has
 _TIMESTAMP_SIZE: Final = 8  # hexadecimal digits
 _MAC_SIZE: Final = 24  # the nonce stays short: it is two fifths of an answer to anyone
+
+
+class AuthFailure(Enum):
+    """Why a signed request was not believed. The value is the name under which it is counted."""
+
+    STALE_NONCE = "stale_nonce"  # not from here, for somebody else, or too old
+    WRONG_CREDENTIALS = "wrong_credentials"  # unknown user or wrong password
+    EXPIRED_CREDENTIALS = "expired_credentials"
 
 
 def password(expiry: str, salt: str, secret: str) -> str:

@@ -91,6 +91,8 @@ class Drop(Enum):
     MALFORMED_STUN = "malformed_stun"
     WRONG_FINGERPRINT = "wrong_fingerprint"
     NOT_A_REQUEST = "not_a_request"
+    PREFIX_RATE = "unauthenticated_rate_per_prefix"  # more answers than its network may get
+    TOTAL_RATE = "unauthenticated_rate"  # more answers than all strangers together may get
     MALFORMED_CHANNEL_DATA = "malformed_channel_data"
     UNBOUND_CHANNEL = "unbound_channel"
     UNBOUND_PEER = "unbound_peer"

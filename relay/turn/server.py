@@ -7,17 +7,17 @@ and ``UnbindChannel`` tell the forwarder what to relay.
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from relay.stun import integrity
 from relay.stun.address import Address, family_of, format_endpoint
 from relay.stun.attributes import Attr, Attribute, DecodeError
 from relay.stun.const import UDP_PROTOCOL, ErrorCode, Family, Kind, Method
 from relay.stun.message import Message, Received, WrongFingerprint, decode
-from relay.turn.auth import REALM, Authenticator
+from relay.turn.auth import REALM, Authenticator, AuthFailure
 from relay.turn.commands import (
     ClientAddress,
     Command,
@@ -28,7 +28,8 @@ from relay.turn.commands import (
     SendMessage,
 )
 from relay.turn.peers import PeerPolicy
-from relay.turn.tables import Allocation, Tables
+from relay.turn.ratelimit import RateLimiter
+from relay.turn.tables import Allocation, Tables, site_of
 
 logger = logging.getLogger("relay.turn")
 
@@ -37,6 +38,7 @@ MAX_LIFETIME: Final = 3600  # seconds. RFC 8656 §7.2
 MOST_UNKNOWN_NAMED: Final = 32  # attributes in a 420: more could not be a mistake
 PORT_TRIES: Final = 16  # ports that other processes hold, before a client is told to give up
 
+_METHOD_NAMES: Final[dict[int, str]] = {method: method.name.lower() for method in Method}
 _Attributes = list[tuple[Attribute[Any], Any]]
 
 
@@ -52,6 +54,10 @@ class Settings:
     max_channels: int
     channel_numbers: range
     one_allocation_per_username: bool
+    max_allocations_per_username: int | None = None
+    max_allocations_per_ip: int | None = None  # for IPv6, per /64
+    unauthenticated_rate_per_prefix: int = 0  # answers per second; 0: no limit
+    unauthenticated_rate: int = 0  # likewise, in all
     software: str | None = None
 
 
@@ -74,6 +80,11 @@ class Server:
         self._randbelow = randbelow
         self._commands: deque[Command] = deque()
         self._tables = Tables(now, self._commands)
+        self._strangers = RateLimiter(
+            settings.unauthenticated_rate_per_prefix, settings.unauthenticated_rate
+        )
+        self.responses: Counter[tuple[str, str]] = Counter()  # by method, and code or "success"
+        self.auth_failures: Counter[AuthFailure] = Counter()
         self._opening: dict[int, _Opening] = {}  # by port, between OpenPort and its answer
         self._draining = False
 
@@ -93,6 +104,10 @@ class Server:
         if received.message.kind is not Kind.REQUEST:
             return Drop.NOT_A_REQUEST
         request = _Request(received, client, self._signing_key(received), now, unix_now)
+        if request.key is None:
+            over = self._strangers.refusal(client[0][0], now)
+            if over is not None:
+                return over
         try:
             self._serve(request)
         except Refused as refused:
@@ -130,10 +145,27 @@ class Server:
         """Refuse new allocations from here on; those that exist live on."""
         self._draining = True
 
+    def change_settings(self, settings: Settings) -> None:
+        """Go on with other settings. What exists already is not measured by them."""
+        self._settings = settings
+        self._strangers.set_rates(
+            settings.unauthenticated_rate_per_prefix, settings.unauthenticated_rate
+        )
+
+    def change_peer_policy(self, peer_policy: PeerPolicy, *, now: float) -> None:
+        """Go on with other rules, and unbind at once the channels that they forbid."""
+        self._peer_policy = peer_policy
+        self._tables.judge_peers(self._reach, now)
+
     @property
     def allocations(self) -> int:
         """How many allocations there are."""
         return len(self._tables)
+
+    @property
+    def channels(self) -> int:
+        """How many channels there are, cooling ones too."""
+        return self._tables.channels
 
     def check(self) -> None:
         """Assert that the state agrees with itself. For tests."""
@@ -186,13 +218,26 @@ class Server:
         if nonce is None:
             raise Refused(ErrorCode.UNAUTHORIZED, "no nonce")
         if not self._authenticator.nonce_is_valid(nonce, request.client, request.now):
+            self.auth_failures[AuthFailure.STALE_NONCE] += 1
             raise Refused(ErrorCode.STALE_NONCE, "nonce not from here, or too old")
         if request.key is None:
-            raise Refused(ErrorCode.UNAUTHORIZED, "unknown user or wrong password")
+            self._fail(request, AuthFailure.WRONG_CREDENTIALS, "unknown user or wrong password")
         if self._authenticator.has_expired(username, request.unix_now):
-            raise Refused(ErrorCode.UNAUTHORIZED, "credentials have expired")
+            self._fail(request, AuthFailure.EXPIRED_CREDENTIALS, "credentials have expired")
         _require_known_attributes(request)
         return username
+
+    def _fail(self, request: "_Request", failure: AuthFailure, reason: str) -> NoReturn:
+        """Refuse a client whose nonce was good: the address is its own, and can be named."""
+        self.auth_failures[failure] += 1
+        host, port = request.mapped_address
+        logger.warning(
+            "authentication failed for %s: %s",
+            format_endpoint(host, port),
+            reason,
+            extra={"client": host, "reason": reason},
+        )
+        raise Refused(ErrorCode.UNAUTHORIZED, reason)
 
     def _binding(self, request: "_Request") -> None:
         """RFC 8489 §6.3.1: what is your address, seen from here."""
@@ -219,16 +264,34 @@ class Server:
         families = self._families(message)
         if self._draining:  # before a takeover: what relays is to go on
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "draining")
+        replaced = []
         if self._settings.one_allocation_per_username:
-            for other in self._tables.of_username(username):
-                logger.debug("%s takes over from %s", client[0], other.client[0])
-                self._tables.delete(other)
+            replaced = self._tables.of_username(username)
+        self._require_quota(username, client[0][0], replaced)
+        for other in replaced:
+            logger.debug("%s takes over from %s", client[0], other.client[0])
+            self._tables.delete(other)
         if len(self._tables) + len(self._opening) >= self._settings.max_allocations:
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many allocations as are allowed")
         opening = sum(len(opening.families) for opening in self._opening.values())
         if self._tables.sockets + opening + len(families) > self._settings.max_sockets:
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many sockets as are allowed")
         self._open_some_port(_Opening(request, username, families, tried=set()))
+
+    def _require_quota(self, username: str, host: str, replaced: list[Allocation]) -> None:
+        """RFC 8656 §7.2: 486 for one more than a user, or an address, may have."""
+        most = self._settings.max_allocations_per_username
+        opening = sum(opening.username == username for opening in self._opening.values())
+        existing = len(self._tables.of_username(username)) - len(replaced)
+        if most is not None and existing + opening >= most:
+            raise Refused(ErrorCode.ALLOCATION_QUOTA_REACHED, f"the username has {most}")
+        most = self._settings.max_allocations_per_ip
+        if most is not None:
+            site = site_of(host)
+            opening = sum(site_of(o.request.client[0][0]) == site for o in self._opening.values())
+            leaving = sum(site_of(other.client[0][0]) == site for other in replaced)
+            if self._tables.at_site(site) - leaving + opening >= most:
+                raise Refused(ErrorCode.ALLOCATION_QUOTA_REACHED, f"the address has {most}")
 
     def _families(self, message: Message) -> tuple[Family, ...]:
         """Which relayed addresses an Allocate gets. RFC 8656 §7.2."""
@@ -380,13 +443,18 @@ class Server:
 
         What this relay lends out may always be reached, from inside.
         """
+        reaches_outside = self._reach(peer)
+        if reaches_outside is not None:
+            return reaches_outside
         rule = self._peer_policy.refusal(peer)
-        if rule is None:
-            return True
-        if self._is_relayed_here(peer):
-            return False
         logger.warning("peer refused: %s", rule)
         raise Refused(ErrorCode.FORBIDDEN, f"{format_endpoint(*peer)}: {rule}")
+
+    def _reach(self, peer: Address) -> bool | None:
+        """Tell whether datagrams to *peer* may leave this relay; None if none may be sent."""
+        if self._peer_policy.refusal(peer) is None:
+            return True
+        return False if self._is_relayed_here(peer) else None
 
     def _is_relayed_here(self, address: Address) -> bool:
         host, port = address
@@ -399,6 +467,7 @@ class Server:
         )
 
     def _answer(self, request: "_Request", attributes: _Attributes, key: bytes | None) -> None:
+        self._count_response(request, "success")
         self._send(request, Kind.SUCCESS, attributes, key)
 
     def _refuse(self, request: "_Request", refused: "Refused") -> None:
@@ -408,6 +477,7 @@ class Server:
         """
         client, code = request.client, refused.code
         logger.debug("%d to %s: %s", code, client[0], refused.reason)
+        self._count_response(request, str(code.value))
         reason = "" if request.key is None else code.reason
         attributes: _Attributes = [(Attr.ERROR_CODE, (code, reason))]
         if code in {ErrorCode.UNAUTHORIZED, ErrorCode.STALE_NONCE}:
@@ -417,6 +487,10 @@ class Server:
             named = request.received.unknown[:MOST_UNKNOWN_NAMED]
             attributes.append((Attr.UNKNOWN_ATTRIBUTES, named))
         self._send(request, Kind.ERROR, attributes, request.key)
+
+    def _count_response(self, request: "_Request", code: str) -> None:
+        method = _METHOD_NAMES.get(request.received.message.method, "unknown")
+        self.responses[method, code] += 1
 
     def _send(
         self, request: "_Request", kind: Kind, attributes: _Attributes, key: bytes | None

@@ -4,11 +4,13 @@ Rules about *who may* are the server's; what is kept here is that the indexes ag
 each change of what is relayed leaves as a command, and that everything has a deadline.
 """
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
 
+from relay.stun.address import prefix_of
 from relay.stun.const import Family
 from relay.timerwheel import TimerWheel
 from relay.turn.commands import (
@@ -22,6 +24,10 @@ from relay.turn.commands import (
 
 CHANNEL_LIFETIME: Final = 600  # seconds. RFC 8656 §12
 CHANNEL_COOLDOWN: Final = 300  # seconds until number and peer are free again. RFC 8656 §12
+
+
+IPV4_SITE: Final = 4  # bytes of an address that tell one site from another
+IPV6_SITE: Final = 8  # a /64: whoever has one address of it has them all
 
 
 class Binding(Enum):
@@ -55,6 +61,7 @@ class Channel:
     number: int
     port: int  # of the allocation
     peer: PeerAddress
+    reaches_outside: bool  # False: only as an allocation of this very relay
     state: Binding = Binding.COOLING
 
 
@@ -81,6 +88,7 @@ class Tables:
         self._by_client: dict[ClientAddress, Allocation] = {}
         self._by_port: dict[int, Allocation] = {}
         self._by_username: dict[str, list[Allocation]] = {}
+        self._by_site: Counter[bytes] = Counter()
         self._deadlines: TimerWheel[Allocation | Channel] = TimerWheel(now)
         self._commands = commands
         self.sockets = 0  # relay ports in use, counted once per family
@@ -101,6 +109,10 @@ class Tables:
         """Return the allocations made with a username, oldest first."""
         return list(self._by_username.get(username, ()))
 
+    def at_site(self, site: bytes) -> int:
+        """Return how many allocations the clients of a site have."""
+        return self._by_site[site]
+
     @property
     def next_deadline(self) -> float | None:
         """When :meth:`expire` should be called next."""
@@ -113,6 +125,7 @@ class Tables:
         self._by_client[allocation.client] = allocation
         self._by_port[allocation.port] = allocation
         self._by_username.setdefault(allocation.username, []).append(allocation)
+        self._by_site[site_of(allocation.client[0][0])] += 1
         self._deadlines.schedule(allocation, allocation.expires_at)
         self.sockets += len(allocation.families)
 
@@ -139,6 +152,10 @@ class Tables:
         namesakes.remove(allocation)
         if not namesakes:
             del self._by_username[allocation.username]
+        site = site_of(allocation.client[0][0])
+        self._by_site[site] -= 1
+        if not self._by_site[site]:
+            del self._by_site[site]
         self._commands.append(ClosePort(allocation.port))
 
     def bind(
@@ -153,15 +170,30 @@ class Tables:
         """Bind, refresh or revive a channel. The caller has seen that nothing is in the way."""
         channel = allocation.channels.get(number)
         if channel is None:
-            channel = Channel(allocation.client, number, allocation.port, peer)
+            channel = Channel(allocation.client, number, allocation.port, peer, reaches_outside)
             allocation.channels[number] = allocation.channels_by_peer[peer] = channel
             self.channels += 1
         if channel.state is not Binding.BOUND:
-            self._commands.append(
-                BindChannel(channel.client, number, channel.port, peer, reaches_outside)
-            )
+            self._bind(channel, reaches_outside=reaches_outside)
         channel.state = NEXT[channel.state, Input.BIND]
         self._deadlines.schedule(channel, now + CHANNEL_LIFETIME)
+
+    def judge_peers(self, judge: Callable[[PeerAddress], bool | None], now: float) -> None:
+        """Apply changed rules to every bound channel.
+
+        *judge* tells whether datagrams to a peer may leave this relay; None if it may not be
+        reached at all: its channel is unbound, as if its time had come.
+        """
+        for allocation in self._by_client.values():
+            for channel in allocation.channels.values():
+                if channel.state is not Binding.BOUND:
+                    continue
+                reaches_outside = judge(channel.peer)
+                if reaches_outside is None:
+                    self._expire_channel(channel, now)
+                elif reaches_outside is not channel.reaches_outside:
+                    self._unbind(channel)
+                    self._bind(channel, reaches_outside=reaches_outside)
 
     def expire(self, now: float) -> None:
         """Serve every deadline up to *now*."""
@@ -181,6 +213,12 @@ class Tables:
             del allocation.channels[channel.number]
             del allocation.channels_by_peer[channel.peer]
             self.channels -= 1
+
+    def _bind(self, channel: Channel, *, reaches_outside: bool) -> None:
+        channel.reaches_outside = reaches_outside
+        self._commands.append(
+            BindChannel(channel.client, channel.number, channel.port, channel.peer, reaches_outside)
+        )
 
     def _unbind(self, channel: Channel) -> None:
         self._commands.append(
@@ -206,6 +244,12 @@ class Tables:
                 assert channel.client == allocation.client
                 assert channel.port == allocation.port
                 assert channel.state is not Binding.GONE
+        assert self._by_site == Counter(site_of(a.client[0][0]) for a in allocations)
         assert self.sockets == sum(len(a.families) for a in allocations)
         assert self.channels == sum(len(a.channels) for a in allocations)
         assert len(self._deadlines) == len(allocations) + self.channels
+
+
+def site_of(host: str) -> bytes:
+    """Return what a client's address is counted by: all of it, or the /64 of IPv6."""
+    return prefix_of(host, IPV4_SITE, IPV6_SITE)

@@ -1,0 +1,340 @@
+"""What one user, one address, one network and all strangers together may have."""
+
+import pytest
+
+from relay.stun.attributes import Attr
+from relay.stun.const import UDP_PROTOCOL, Method
+from relay.turn.auth import AuthFailure, mint
+from relay.turn.commands import Drop
+from relay.turn.ratelimit import BURST, RateLimiter
+from tests.scenario import (
+    SECRET,
+    UNIX_START,
+    Answer,
+    Client,
+    Scenario,
+    ToClient,
+    channel_data,
+    relayed,
+    request,
+    to,
+)
+
+BINDING = request(Method.BINDING).encode()
+
+
+# --- 486 -------------------------------------------------------------------------------------
+
+
+def test_a_username_may_have_so_many_allocations() -> None:
+    relay = Scenario(max_allocations_per_username=2)
+    relay.client("192.0.2.10:5000", user="alice").allocates()
+    relay.client("192.0.2.11:5000", user="alice").allocates()
+    third = relay.client("192.0.2.12:5000", user="alice")
+
+    assert tries_to_allocate(third).code == 486
+    assert tries_to_allocate(third).signed
+    relay.client("192.0.2.12:5001", user="bob").allocates()
+
+
+def test_an_allocation_that_ends_makes_room_for_its_username() -> None:
+    relay = Scenario(max_allocations_per_username=1)
+    first = relay.client("192.0.2.10:5000", user="alice").allocates()
+    second = relay.client("192.0.2.11:5000", user="alice")
+    assert tries_to_allocate(second).code == 486
+
+    first.refreshes(lifetime=0)
+
+    assert tries_to_allocate(second).code is None
+
+
+def test_a_takeover_is_no_more_than_before() -> None:
+    """What it replaces makes room for it, at the user's limit and at the address's."""
+    relay = Scenario(
+        one_allocation_per_username=True,
+        max_allocations_per_username=1,
+        max_allocations_per_ip=1,
+    )
+    relay.client("192.0.2.10:5000", user="alice").allocates()
+
+    relay.client("192.0.2.10:5001", user="alice").allocates()
+
+    assert relay.server.allocations == 1
+
+
+def test_a_takeover_over_the_limit_of_an_address_ends_nothing() -> None:
+    relay = Scenario(one_allocation_per_username=True, max_allocations_per_ip=1)
+    alice = relay.client("192.0.2.10:5000", user="alice").allocates()
+    relay.client("192.0.2.11:5000", user="bob").allocates()
+    roaming = relay.client("192.0.2.11:5001", user="alice")
+
+    assert tries_to_allocate(roaming).code == 486
+    assert alice.refreshes().code is None
+
+
+def test_an_address_may_have_so_many_allocations() -> None:
+    relay = Scenario(max_allocations_per_ip=2)
+    relay.client("192.0.2.10:5000").allocates()
+    leaving = relay.client("192.0.2.10:5001").allocates()
+    third = relay.client("192.0.2.10:5002")
+
+    assert tries_to_allocate(third).code == 486
+    relay.client("192.0.2.11:5000").allocates()
+    leaving.refreshes(lifetime=0)
+    assert tries_to_allocate(third).code is None
+
+
+def test_of_ipv6_a_whole_64_counts_as_one_address() -> None:
+    relay = Scenario(max_allocations_per_ip=1)
+    relay.client("[2001:db8:0:1::1]:5000").allocates()
+
+    assert tries_to_allocate(relay.client("[2001:db8:0:1:ffff::2]:5000")).code == 486
+    assert tries_to_allocate(relay.client("[2001:db8:0:2::1]:5000")).code is None
+
+
+def test_a_lower_limit_ends_nothing_that_exists() -> None:
+    relay = Scenario()
+    alice = relay.client("192.0.2.10:5000").allocates()
+    relay.client("192.0.2.10:5001").allocates()
+
+    relay.changes_settings(max_allocations_per_ip=1)
+
+    assert alice.refreshes().code is None
+    assert tries_to_allocate(relay.client("192.0.2.10:5002")).code == 486
+
+
+# --- Silence ---------------------------------------------------------------------------------
+
+
+def test_a_network_gets_so_many_unauthenticated_answers_and_then_silence() -> None:
+    relay = Scenario(unauthenticated_rate_per_prefix=2)
+    answered = answers_to_a_flood(relay, "192.0.2.10:5000")
+
+    assert answered == 2 * BURST + 1
+    assert relay.dropped() == {"unauthenticated_rate_per_prefix": 1000 - answered}
+    assert answers_to_a_flood(relay, "192.0.2.11:5000") == 0, "of the same /24"
+    assert answers_to_a_flood(relay, "198.51.100.10:5000") == answered, "of another"
+
+
+def test_then_answers_come_at_the_rate() -> None:
+    relay = Scenario(unauthenticated_rate_per_prefix=2)
+    answers_to_a_flood(relay, "192.0.2.10:5000")
+
+    relay.passes(seconds=3)
+
+    assert answers_to_a_flood(relay, "192.0.2.10:5000") == 6
+
+
+def test_of_ipv6_a_56_is_one_network() -> None:
+    relay = Scenario(unauthenticated_rate_per_prefix=1)
+    answers_to_a_flood(relay, "[2001:db8:0:1::1]:5000")
+
+    assert answers_to_a_flood(relay, "[2001:db8:0:2::1]:5000") == 0
+    assert answers_to_a_flood(relay, "[2001:db8:0:100::1]:5000") > 0
+
+
+def test_all_strangers_together_get_so_many_answers() -> None:
+    relay = Scenario(unauthenticated_rate=4)
+    floods = [answers_to_a_flood(relay, f"192.0.{n}.1:5000") for n in range(10)]
+
+    assert sum(floods) == 4 * BURST + 1
+    assert set(relay.dropped()) == {"unauthenticated_rate"}
+
+
+@pytest.mark.parametrize("method", [Method.ALLOCATE, Method.REFRESH, 0x0FF], ids=hex)
+def test_errors_to_strangers_count_too(method: int) -> None:
+    relay = Scenario(unauthenticated_rate_per_prefix=1)
+    client = relay.client("192.0.2.10:5000")
+    for _ in range(100):
+        client.sends(request(method).encode())
+
+    assert len(relay.sent()) == BURST + 1
+
+
+def test_who_proves_a_credential_is_answered_in_the_middle_of_a_flood() -> None:
+    relay = Scenario(unauthenticated_rate_per_prefix=1, unauthenticated_rate=1)
+    alice = relay.client("192.0.2.10:5000").allocates()
+    bob = relay.peer("198.51.100.7:9000")
+    answers_to_a_flood(relay, "192.0.2.66:5000")
+    relay.sent()
+
+    alice.binds(0x4001, bob)
+    assert alice.refreshes().code is None
+    alice.sends_data(0x4001, b"ping")
+    assert relay.sent() == [relayed(alice, bob, b"ping")]
+
+
+def test_without_limits_everyone_is_answered() -> None:
+    assert answers_to_a_flood(Scenario(), "192.0.2.10:5000") == 1000
+
+
+def test_rates_can_be_changed_in_the_middle_of_a_flood() -> None:
+    relay = Scenario(unauthenticated_rate_per_prefix=1)
+    answers_to_a_flood(relay, "192.0.2.10:5000")
+
+    relay.changes_settings(unauthenticated_rate_per_prefix=0)
+
+    assert answers_to_a_flood(relay, "192.0.2.10:5000") == 1000
+
+
+def test_what_the_total_forbids_does_not_count_against_a_network() -> None:
+    limiter = RateLimiter(per_prefix=8, total=1)
+    while limiter.refusal("192.0.2.1", 0.0) is None:
+        pass
+    for _ in range(1000):
+        assert limiter.refusal("198.51.100.1", 0.0) is Drop.TOTAL_RATE
+    limiter.set_rates(per_prefix=8, total=0)
+
+    left = sum(limiter.refusal("198.51.100.1", 0.0) is None for _ in range(1000))
+
+    assert left == 8 * BURST + 1
+
+
+# --- What is counted -------------------------------------------------------------------------
+
+
+def test_responses_are_counted_by_method_and_code() -> None:
+    relay = Scenario()
+    alice = relay.client("192.0.2.10:5000").allocates()
+    alice.refreshes()
+    alice.refreshes(lifetime=0)
+    alice.refreshes()
+    alice.hears(BINDING)
+    alice.hears(request(0x0FF).encode())
+
+    assert relay.server.responses == {
+        ("allocate", "401"): 1,
+        ("allocate", "success"): 1,
+        ("refresh", "success"): 2,
+        ("refresh", "437"): 1,
+        ("binding", "success"): 1,
+        ("unknown", "400"): 1,
+    }
+
+
+def test_failed_authentication_is_counted_and_logged_with_address_and_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    relay = Scenario()
+    mallory = relay.client("[2001:db8::66]:5000")
+    mallory.password = "wrong"
+    mallory.asks(Method.ALLOCATE)
+
+    assert relay.server.auth_failures == {AuthFailure.WRONG_CREDENTIALS: 1}
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "authentication failed for [2001:db8::66]:5000: unknown user or wrong password"
+    )
+    assert (record.levelname, record.name) == ("WARNING", "relay.turn")
+    assert record.__dict__["client"] == "2001:db8::66"
+    assert record.__dict__["reason"] == "unknown user or wrong password"
+
+
+def test_expired_credentials_are_a_failure_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    relay = Scenario()
+    late = relay.client("192.0.2.10:5000")
+    late.username, late.password = mint(int(UNIX_START) - 1, "late", SECRET)
+    late.asks(Method.ALLOCATE)
+
+    assert relay.server.auth_failures == {AuthFailure.EXPIRED_CREDENTIALS: 1}
+    (record,) = caplog.records
+    assert record.getMessage().endswith(":5000: credentials have expired")
+
+
+def test_an_address_that_may_be_forged_is_not_named(caplog: pytest.LogCaptureFixture) -> None:
+    """A nonce that was not sent there proves nothing: somebody else could get it banned."""
+    relay = Scenario()
+    other = relay.client("192.0.2.11:5000")
+    forged = relay.client("192.0.2.10:5000")
+    forged.password = "wrong"
+    forged._nonce = other.nonce
+    forged.sends(forged.signed(Method.ALLOCATE))
+
+    assert relay.server.auth_failures == {AuthFailure.STALE_NONCE: 1}
+    assert caplog.records == []
+
+
+def test_a_client_that_asks_for_its_first_nonce_has_not_failed() -> None:
+    relay = Scenario()
+    relay.client("192.0.2.10:5000").allocates()
+
+    assert relay.server.auth_failures == {}
+
+
+# --- Rules that change -----------------------------------------------------------------------
+
+
+def test_a_peer_that_is_denied_is_cut_off_at_once_in_both_directions() -> None:
+    relay = Scenario()
+    alice = relay.client("192.0.2.10:5000").allocates()
+    bob, carol = relay.peer("198.51.100.7:9000"), relay.peer("198.51.100.8:9000")
+    alice.binds(0x4001, bob).binds(0x4002, carol)
+
+    relay.changes_peers(deny=["198.51.100.7/32"])
+    for number in (0x4001, 0x4002):
+        alice.sends_data(number, b"ping")
+    bob.sends(b"pong", to=alice.relayed_address)
+    carol.sends(b"pong", to=alice.relayed_address)
+
+    assert relay.sent() == [
+        relayed(alice, carol, b"ping"),
+        to(alice, channel_data(0x4002, b"pong")),
+    ]
+    assert alice.tries_to_bind(0x4001, bob).code == 403
+
+
+def test_a_peer_that_is_allowed_again_can_be_bound_again() -> None:
+    relay = Scenario()
+    alice = relay.client("192.0.2.10:5000").allocates()
+    bob = relay.peer("198.51.100.7:9000")
+    alice.binds(0x4001, bob)
+    relay.changes_peers(deny=["198.51.100.7/32"])
+    relay.changes_peers()
+
+    alice.binds(0x4001, bob)
+    alice.sends_data(0x4001, b"ping")
+
+    assert relay.sent() == [relayed(alice, bob, b"ping")]
+
+
+def test_a_cut_channel_is_gone_after_its_cooling() -> None:
+    relay = Scenario()
+    alice = relay.client("192.0.2.10:5000").allocates(lifetime=3600)
+    alice.binds(0x4001, relay.peer("198.51.100.7:9000"))
+    relay.changes_peers(deny=["198.51.100.7/32"])
+
+    relay.passes(seconds=301)
+
+    alice.binds(0x4001, relay.peer("198.51.100.9:9000"))
+
+
+def test_rules_about_the_own_host_decide_whether_a_channel_reaches_outside() -> None:
+    relay = Scenario(allow_peers=())
+    alice = relay.client("203.0.113.10:5000").allocates()
+    bob = relay.client("203.0.113.11:5000").allocates()
+    port = relay.peer(f"{bob.relayed_address[0]}:{bob.relayed_address[1]}")
+    alice.binds(0x4001, port)
+    bob.refreshes(lifetime=0)
+
+    alice.sends_data(0x4001, b"nobody")
+    assert relay.dropped() == {"peer_is_gone": 1}
+
+    relay.changes_peers(allow=["192.0.2.1/32"])
+    alice.sends_data(0x4001, b"outside")
+    assert relay.sent() == [relayed(alice, port, b"outside")]
+
+
+def answers_to_a_flood(relay: Scenario, address: str) -> int:
+    """How many of 1,000 Binding requests at one moment are answered."""
+    before = relay.sent()
+    client = relay.client(address)
+    for _ in range(1000):
+        client.sends(BINDING)
+    sent = relay.sent()
+    relay.network.sent = before
+    assert all(isinstance(one, ToClient) for one in sent)
+    return len(sent)
+
+
+def tries_to_allocate(client: Client) -> Answer:
+    return client.asks(Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL))
