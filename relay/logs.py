@@ -1,22 +1,19 @@
-"""Logging: two formats, a level per logger, and a brake on lines that repeat."""
+"""Logging to stderr: two formats, a level per logger, and nobody ever waits for the reader."""
 
 import logging
+import os
 import re
+import select
 import sys
-import time
-from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from pythonjsonlogger.json import JsonFormatter
 
+from relay.logbrake import Brake
+
 FORMATS: Final = ("human", "json")
 LEVELS: Final = ("debug", "info", "warning", "error")
-
-BURST: Final = 5  # lines of one kind, per interval
-INTERVAL: Final = 10.0  # seconds
-
-_HUMAN: Final = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-_JSON: Final = "%(levelname)s %(name)s %(message)s"
 
 
 def parse_levels(text: str) -> dict[str, int]:
@@ -38,17 +35,150 @@ def parse_levels(text: str) -> dict[str, int]:
 
 
 def configure(log_format: str, levels: dict[str, int]) -> None:
-    """Send the logs to stderr in that format, with those levels."""
-    handler = logging.StreamHandler(sys.stderr)
-    if log_format == "json":
-        renamed = {"levelname": "level", "name": "logger"}
-        handler.setFormatter(JsonFormatter(_JSON, rename_fields=renamed, timestamp=True))
+    """Send the logs to stderr in that format, with those levels. A reload may call it again."""
+    handler: logging.Handler
+    try:
+        descriptor = sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # closed; None if it was so from the start
+        # Not to 2 then, which may be any socket of ours by now.
+        handler = logging.NullHandler()
     else:
-        handler.setFormatter(_HumanFormatter(_HUMAN))
-    handler.addFilter(Brake())
+        handler = _handler(descriptor)
+        handler.setFormatter(_formatter(log_format, descriptor))
     logging.root.handlers[:] = [handler]
+    set_levels(levels)
+
+
+def set_levels(levels: dict[str, int]) -> None:
+    """Give each logger its level; one without is as its parent is, whatever it was before."""
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and name not in levels:
+            logger.setLevel(logging.NOTSET)
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+
+
+def _handler(descriptor: int) -> "LineHandler":
+    """Return the handler that is there from before, which may have more to say, or a new one."""
+    for handler in logging.root.handlers:
+        if isinstance(handler, LineHandler) and handler.descriptor == descriptor:
+            return handler
+    new = LineHandler(descriptor)
+    new.addFilter(Brake())
+    return new
+
+
+# --- Writing ---------------------------------------------------------------------------------
+
+_TERMINAL_PIECE: Final = 128  # bytes
+
+
+class LineHandler(logging.Handler):
+    """Writes lines to a descriptor, and drops them rather than wait for whoever reads it.
+
+    What was dropped is counted, and said before the next line that can be written. A line is
+    written to its end before another begins: the rest of one that was cut goes first. Errors
+    (nobody has the pipe open, the disk is full) are a reason to drop as well; none is raised.
+
+    The descriptor is left as it is: O_NONBLOCK would hold for every process that shares it.
+    Instead each write is small enough not to block once poll calls the descriptor writable. A
+    pipe then has room for a page, a socket for three quarters of its buffer. A terminal may have
+    as little as 256 bytes, or a line feed, which takes two: the kernel's n_tty.c, tty_buffer.c.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        """Write to *descriptor*, which somebody else closes."""
+        super().__init__()
+        self.descriptor = descriptor
+        self._is_terminal = os.isatty(descriptor)
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        self._unwritten = b""
+        self._dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write *record*, or count it as dropped. Called with the lock of the handler held."""
+        self._write()
+        if self._unwritten:
+            self._dropped += 1
+            return
+        text = self._text(record)
+        if self._dropped:
+            text = self._text(_loss(self._dropped)) + text
+        self._unwritten = text
+        self._write()
+        if self._unwritten == text:
+            self._unwritten = b""
+            self._dropped += 1
+        else:
+            self._dropped = 0
+
+    def _text(self, record: logging.LogRecord) -> bytes:
+        try:
+            line = self.format(record)
+        except Exception as error:  # noqa: BLE001 - a bug in a line must not stop what it is about
+            record.msg, record.args = f"{record.msg} (cannot be formatted: {error!r})", None
+            line = self.format(record)
+        return f"{line}\n".encode()
+
+    def _write(self) -> None:
+        """Write as much of what is unwritten as can be without waiting."""
+        try:
+            while self._unwritten and self._is_writable():
+                written = os.write(self.descriptor, self._piece())
+                self._unwritten = self._unwritten[written:]
+        except OSError:
+            pass  # what is left may be written later, or never
+
+    def _piece(self) -> bytes:
+        if not self._is_terminal:
+            return self._unwritten[: select.PIPE_BUF]
+        text, line_feed, _ = self._unwritten[:_TERMINAL_PIECE].partition(b"\n")
+        return text or line_feed
+
+    def _is_writable(self) -> bool:
+        return any(events & select.POLLOUT for _, events in self._poll.poll(0))
+
+
+def _loss(lines: int) -> logging.LogRecord:
+    message = "%d lines of the log are lost: they could not be written"
+    return logging.LogRecord("relay.logs", logging.WARNING, __file__, 0, message, (lines,), None)
+
+
+# --- Formats ---------------------------------------------------------------------------------
+
+_COLOURS: Final = {
+    logging.DEBUG: "\x1b[2m",  # faint
+    logging.INFO: "\x1b[32m",  # green
+    logging.WARNING: "\x1b[33m",  # yellow
+    logging.ERROR: "\x1b[31m",  # red
+}
+
+
+def _formatter(log_format: str, descriptor: int) -> logging.Formatter:
+    is_journal = _is_journal(descriptor)
+    formatter: logging.Formatter
+    if log_format == "json":
+        formatter = _JsonFormatter()
+    else:
+        formatter = _HumanFormatter(
+            has_time=not is_journal,
+            colours=_COLOURS if _wants_colours(descriptor) else {},
+        )
+    return _JournalFormatter(formatter) if is_journal else formatter
+
+
+def _is_journal(descriptor: int) -> bool:
+    """Tell if the descriptor is the journal's. systemd.exec(5), $JOURNAL_STREAM."""
+    status = os.fstat(descriptor)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _wants_colours(descriptor: int) -> bool:
+    """Tell if the descriptor is a terminal with colours. https://no-color.org."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return os.isatty(descriptor)
 
 
 class _HumanFormatter(logging.Formatter):
@@ -57,58 +187,63 @@ class _HumanFormatter(logging.Formatter):
     A traceback takes more; its lines are indented.
     """
 
+    def __init__(self, *, has_time: bool, colours: dict[int, str]) -> None:
+        super().__init__()
+        self._has_time = has_time
+        self._colours = colours
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        return _escaped(super().formatMessage(record))
+        time = f"{self.formatTime(record)} " if self._has_time else ""
+        level = f"{record.levelname:<7}"
+        if record.levelno in self._colours:
+            level = f"{self._colours[record.levelno]}{level}\x1b[0m"
+        return f"{time}{level} {_escaped(f'{record.name}: {record.message}')}"
 
     def formatException(self, ei: Any) -> str:  # noqa: N802, ANN401
-        lines = super().formatException(ei).split("\n")
-        return "\n".join(f"    {_escaped(line)}" for line in lines)
+        return self.formatStack(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802
+        return "\n".join(f"    {_escaped(line)}" for line in stack_info.split("\n"))
 
 
 def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-class Brake(logging.Filter):
-    """Lets few lines of one kind through per interval, so that no flood fills a disk.
+class _JsonFormatter(JsonFormatter):
+    """One object a record, in ASCII: timestamp, level, logger, message, then what is extra."""
 
-    Lines are of one kind if logger, level and message template are the same. The first line
-    after a pause says how many were held back. Nothing below WARNING and above DEBUG repeats
-    with the traffic, but it is braked all the same; DEBUG is not: who asks for it wants it all.
+    def add_fields(
+        self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
+    ) -> None:
+        log_data["timestamp"] = datetime.fromtimestamp(record.created, UTC).isoformat(
+            timespec="milliseconds"
+        )
+        log_data["level"] = record.levelname
+        log_data["logger"] = record.name
+        super().add_fields(log_data, record, message_dict)
+
+
+_PRIORITIES: Final = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: 4,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
+
+
+class _JournalFormatter(logging.Formatter):
+    """Begins each line with its priority, which the journal takes off again. sd-daemon(3).
+
+    JSON too: what a reader of the journal sees is JSON, and ``journalctl -p`` works.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
-        self._clock = clock
-        self._kinds: dict[tuple[str, int, str], _Kind] = {}
+        self._formatter = formatter
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether *record* may pass, after adding to it what was held back."""
-        if record.levelno <= logging.DEBUG:
-            return True
-        now = self._clock()
-        key = (record.name, record.levelno, str(record.msg))
-        kind = self._kinds.get(key)
-        if kind is None:
-            kind = self._kinds[key] = _Kind(now)
-        if now - kind.since >= INTERVAL:
-            if kind.held_back:
-                record.msg = f"{record.getMessage()} ({kind.held_back} more like this held back)"
-                record.args = ()
-            kind.since, kind.passed, kind.held_back = now, 0, 0
-        if kind.passed < BURST:
-            kind.passed += 1
-            return True
-        kind.held_back += 1
-        return False
-
-
-class _Kind:
-    """How many lines of one kind came since the interval began."""
-
-    __slots__ = ("held_back", "passed", "since")
-
-    def __init__(self, now: float) -> None:
-        self.since = now
-        self.passed = 0
-        self.held_back = 0
+    def format(self, record: logging.LogRecord) -> str:
+        priority = _PRIORITIES.get(record.levelno, 5)
+        lines = self._formatter.format(record).split("\n")
+        return "\n".join(f"<{priority}>{line}" for line in lines)

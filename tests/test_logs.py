@@ -1,15 +1,25 @@
-"""Log levels, the two formats, and the brake on lines that repeat."""
+"""Log levels, the two formats, and a reader of stderr that does not read."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
 import re
+import select
+import signal
+import sys
+import termios
 from collections.abc import Iterator
-from datetime import datetime
-from typing import Any, Final
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final, Self
 
 import pytest
 
-from relay.logs import BURST, INTERVAL, Brake, configure, parse_levels
+from relay.logbrake import BURST
+from relay.logs import LineHandler, configure, parse_levels, set_levels
 
 DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
 EVERYTHING: Final = {"": DEBUG}
@@ -83,6 +93,23 @@ def test_each_logger_has_the_level_closest_to_it(logged: "Logged", log_format: s
         *["test.logs"] * 3,
         *["test.logs.deep"] * 1,
         *["test.logs.other"] * 3,
+    ]
+
+
+@pytest.mark.parametrize("log_format", ["human", "json"])
+def test_other_levels_are_set_while_it_runs(logged: "Logged", log_format: str) -> None:
+    """A logger that is not named any more is as its parent is."""
+    configure(log_format, parse_levels("info,test.logs=error,test.logs.deep=debug"))
+    set_levels(parse_levels("warning,test.logs.deep=info"))
+
+    for name in ["test.logs", "test.logs.deep"]:
+        for level in [DEBUG, INFO, WARNING, ERROR]:
+            logging.getLogger(name).log(level, "from %s", name)
+
+    written = [re.search(r"from ([a-z.]+)", text) for text in logged.lines()]
+    assert [match and match[1] for match in written] == [
+        *["test.logs"] * 2,
+        *["test.logs.deep"] * 3,
     ]
 
 
@@ -180,6 +207,89 @@ def test_a_traceback_is_logged(logged: "Logged") -> None:
     assert "IndexError: pop from empty list" in lines[-1]
 
 
+COLOURS = [
+    pytest.param({}, True, id="a terminal"),
+    pytest.param({"TERM": "xterm"}, True, id="with a name"),
+    pytest.param({"TERM": "dumb"}, False, id="that can do nothing"),
+    pytest.param({"NO_COLOR": "1"}, False, id="no colours wanted"),
+    pytest.param({"NO_COLOR": ""}, True, id="empty counts as unset"),
+]
+
+
+@pytest.mark.parametrize(("variables", "is_coloured"), COLOURS)
+def test_the_level_is_coloured_on_a_terminal(
+    stderr: "Stderr", terminal: "Terminal", variables: dict[str, str], is_coloured: bool
+) -> None:
+    stderr.becomes(terminal.slave, **variables)
+    configure("human", EVERYTHING)
+
+    logging.getLogger("test.logs").warning("hello \x1b[31m")
+
+    line = terminal.reads_until(b"\n").decode()
+    level = "\x1b[33mWARNING\x1b[0m" if is_coloured else "WARNING"
+    assert re.fullmatch(rf"[-\d]+ [:,\d]+ {re.escape(level)} test.logs: hello \\x1b\[31m\r\n", line)
+
+
+@pytest.mark.parametrize("level", [DEBUG, INFO, WARNING, ERROR])
+def test_elsewhere_it_is_not_coloured(logged: "Logged", level: int) -> None:
+    configure("human", EVERYTHING)
+
+    logging.getLogger("test.logs").log(level, "hello")
+
+    (line,) = logged.lines()
+    assert line.isprintable()
+
+
+# --- For the journal -------------------------------------------------------------------------
+
+
+PRIORITIES = [
+    pytest.param(DEBUG, "<7>DEBUG  ", id="debug"),
+    pytest.param(INFO, "<6>INFO   ", id="info"),
+    pytest.param(WARNING, "<4>WARNING", id="warning"),
+    pytest.param(ERROR, "<3>ERROR  ", id="error"),
+]
+
+
+@pytest.mark.parametrize(("level", "prefix"), PRIORITIES)
+def test_a_line_in_the_journal_has_a_priority_but_no_time(
+    stderr: "Stderr", tmp_path: Path, level: int, prefix: str
+) -> None:
+    with stderr.becomes_journal(tmp_path / "log") as log:
+        configure("human", EVERYTHING)
+        logging.getLogger("test.logs").log(level, "hello")
+
+    assert log.read_text() == f"{prefix} test.logs: hello\n"
+
+
+@pytest.mark.parametrize("log_format", ["human", "json"])
+def test_every_line_in_the_journal_has_the_priority(
+    stderr: "Stderr", tmp_path: Path, log_format: str
+) -> None:
+    with stderr.becomes_journal(tmp_path / "log") as log:
+        configure(log_format, EVERYTHING)
+        logging.getLogger("test.logs").error("failed", exc_info=ValueError("two\nlines"))
+
+    lines = log.read_text().splitlines()
+    assert len(lines) == (3 if log_format == "human" else 1)
+    assert all(line.startswith("<3>") for line in lines)
+    if log_format == "json":
+        assert json.loads(lines[0].removeprefix("<3>"))["message"] == "failed"
+
+
+def test_the_journal_of_somebody_else_is_not_ours(
+    logged: "Logged", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable is inherited, but stderr goes elsewhere."""
+    monkeypatch.setenv("JOURNAL_STREAM", "1:2")
+    configure("human", EVERYTHING)
+
+    logging.getLogger("test.logs").info("hello")
+
+    (line,) = logged.lines()
+    assert not line.startswith("<")
+
+
 # --- For programs ----------------------------------------------------------------------------
 
 
@@ -189,8 +299,10 @@ def test_a_json_line_has_timestamp_level_logger_and_message(logged: "Logged") ->
     logging.getLogger("test.logs").warning("peer refused: %s", "private")
 
     (record,) = logged.records()
-    assert set(record) == {"timestamp", "level", "logger", "message"}
-    datetime.fromisoformat(record["timestamp"])  # raises if it is no time
+    assert list(record) == ["timestamp", "level", "logger", "message"]
+    time = datetime.fromisoformat(record["timestamp"])
+    assert time.tzinfo is not None
+    assert abs(datetime.now(UTC) - time) < timedelta(days=1)  # no other zone, no other epoch
     assert record["level"] == "WARNING"
     assert record["logger"] == "test.logs"
     assert record["message"] == "peer refused: private"
@@ -205,8 +317,19 @@ def test_a_json_record_is_one_line_whatever_it_says(
 
     logging.getLogger("test.logs").info("user %s", text)
 
+    (line,) = logged.lines()
+    assert line.isprintable()
+    assert json.loads(line)["message"] == f"user {text}"
+
+
+def test_a_json_record_has_the_fields_that_it_was_given(logged: "Logged") -> None:
+    configure("json", EVERYTHING)
+
+    extra = {"client": "192.0.2.1", "reason": "wrong \n password"}
+    logging.getLogger("test.logs").warning("failed", extra=extra)
+
     (record,) = logged.records()
-    assert record["message"] == f"user {text}"
+    assert {name: record[name] for name in extra} == extra
 
 
 def test_a_json_traceback_is_part_of_its_record(logged: "Logged") -> None:
@@ -219,122 +342,178 @@ def test_a_json_traceback_is_part_of_its_record(logged: "Logged") -> None:
     assert record["exc_info"].endswith("ValueError: two\nlines")
 
 
-# --- The brake -------------------------------------------------------------------------------
+# --- Writing ---------------------------------------------------------------------------------
 
 
-def test_the_first_few_lines_of_a_kind_pass() -> None:
-    braked = Braked()
+@pytest.mark.parametrize("size", [1, 100, 5000, 100_000])
+@pytest.mark.usefixtures("limited")
+def test_nobody_reads_the_pipe(pipe: "Pipe", size: int) -> None:
+    """What does not fit is dropped and counted; what began is ended."""
+    log = logger_on(pipe.writes)
+    lines = [f"{n:03}{'x' * size}" for n in range(100)]
+    for line in lines * 50:
+        log.info(line)
 
-    for n in range(BURST):
-        braked.warns("peer refused: %s", n)
-    assert braked.taken() == [f"peer refused: {n}" for n in range(BURST)]
+    seen = b""
+    while b"again\n" not in seen:
+        seen += pipe.reads()
+        log.info("again")
 
-    for n in range(100):
-        braked.warns("peer refused: %s", n)
-    assert braked.taken() == []
-
-
-def test_after_the_interval_the_next_line_says_how_many_were_held_back() -> None:
-    braked = Braked()
-    for n in range(BURST + 3):
-        braked.warns("peer refused: %s", n)
-    braked.taken()
-
-    braked.passes(INTERVAL)
-    for n in range(BURST + 1):
-        braked.warns("peer refused: %s", n)
-
-    first, *others = braked.taken()
-    assert first == "peer refused: 0 (3 more like this held back)"
-    assert others == [f"peer refused: {n}" for n in range(1, BURST)]
-
-    braked.passes(INTERVAL)
-    braked.warns("peer refused: %s", "late")
-    assert braked.taken() == ["peer refused: late (1 more like this held back)"]
+    *kept, loss, _again = seen.decode().splitlines()
+    assert kept
+    assert kept == (lines * 50)[: len(kept)]
+    match = re.fullmatch(r"(\d+) lines of the log are lost: they could not be written", loss)
+    assert match
+    assert int(match[1]) >= 50 * 100 - len(kept)
 
 
-def test_just_before_the_interval_is_over_lines_are_held_back() -> None:
-    braked = Braked()
-    for n in range(BURST):
-        braked.warns("peer refused: %s", n)
-    braked.taken()
+@pytest.mark.usefixtures("limited")
+def test_the_loss_is_said_once(pipe: "Pipe") -> None:
+    log = logger_on(pipe.writes)
+    while pipe.is_writable():
+        log.info("x" * 1000)
+    log.info("lost")
+    log.info("lost")
+    pipe.reads()
 
-    braked.passes(INTERVAL - 0.001)
-    braked.warns("peer refused: %s", "early")
-    assert braked.taken() == []
-
-
-def test_nothing_is_reported_if_nothing_was_held_back() -> None:
-    braked = Braked()
-    for n in range(BURST):
-        braked.warns("peer refused: %s", n)
-    braked.taken()
-
-    braked.passes(INTERVAL)
-    braked.warns("peer refused: %s", "late")
-    assert braked.taken() == ["peer refused: late"]
+    log.info("hello")
+    loss = "2 lines of the log are lost: they could not be written"
+    assert pipe.reads().decode().splitlines() == [loss, "hello"]
+    log.info("hello")
+    assert pipe.reads().decode().splitlines() == ["hello"]
 
 
-def test_a_slow_trickle_passes() -> None:
-    braked = Braked()
+@pytest.mark.usefixtures("limited")
+def test_a_reload_forgets_neither_the_rest_of_a_line_nor_the_loss(
+    stderr: "Stderr", pipe: "Pipe"
+) -> None:
+    stderr.becomes(pipe.writes)
+    configure("human", EVERYTHING)
+    logging.getLogger("test.logs").info("x" * 5000)
+    logging.getLogger("test.logs").info("lost")
 
-    for n in range(20):
-        braked.warns("peer refused: %s", n)
-        braked.passes(INTERVAL / BURST)
+    configure("json", EVERYTHING)
+    seen = pipe.reads()
+    for _ in range(3):
+        logging.getLogger("test.logs").info("hello")
+        seen += pipe.reads()
 
-    assert len(braked.taken()) == 20
-
-
-@pytest.mark.parametrize(
-    ("logger", "level", "template"),
-    [
-        pytest.param("other", WARNING, "peer refused: %s", id="logger"),
-        pytest.param("test", ERROR, "peer refused: %s", id="level"),
-        pytest.param("test", WARNING, "no port: %s", id="message"),
-    ],
-)
-def test_each_kind_has_a_brake_of_its_own(logger: str, level: int, template: str) -> None:
-    braked = Braked()
-    for n in range(BURST + 7):
-        braked.warns("peer refused: %s", n)
-    braked.taken()
-
-    braked.logs(logger, level, template, "first")
-    assert braked.taken() == [template % "first"]
-
-    braked.passes(INTERVAL)
-    braked.logs(logger, level, template, "second")
-    assert braked.taken() == [template % "second"]
+    cut, *others = seen.decode().splitlines()
+    assert cut.endswith("x" * 5000)
+    messages = [json.loads(text)["message"] for text in others]
+    assert messages[0] == "2 lines of the log are lost: they could not be written"
+    assert set(messages[1:]) == {"hello"}
 
 
-@pytest.mark.parametrize("level", [INFO, WARNING, ERROR])
-def test_every_level_but_debug_is_braked(level: int) -> None:
-    braked = Braked()
+@pytest.mark.parametrize("size", [1, 2, 14, 64, 127, 128, 129, 256, 1000, 70_000])
+@pytest.mark.usefixtures("limited")
+def test_nobody_reads_the_terminal(terminal: "Terminal", size: int) -> None:
+    """Neither if a line is just as long as what is left."""
+    log = logger_on(terminal.slave)
+    line = "x" * size
+    count = 20_000 // size + 1000  # more than it takes
+    for _ in range(count):
+        log.info(line)
 
-    for n in range(BURST + 1):
-        braked.logs("test", level, "line %s", n)
+    seen = b""
+    while b"again\r\n" not in seen:
+        seen += terminal.reads()
+        log.info("again")
 
-    assert len(braked.taken()) == BURST
-
-
-def test_debug_is_never_braked() -> None:
-    braked = Braked()
-
-    for n in range(1000):
-        braked.logs("test", DEBUG, "line %s", n)
-
-    assert len(braked.taken()) == 1000
+    written = seen.decode().partition("again")[0].splitlines()
+    lost = [int(text.split()[0]) for text in written if text.endswith(" could not be written")]
+    kept = [text for text in written if not text.endswith(" could not be written")]
+    assert set(kept) == {line}
+    assert lost
+    assert len(kept) + sum(lost) >= count
 
 
-def test_the_report_takes_text_with_percent_signs_as_it_is() -> None:
-    braked = Braked()
-    for _ in range(BURST + 1):
-        braked.warns("user %s", "100%s")
-    braked.taken()
+@pytest.mark.usefixtures("limited")
+def test_the_terminal_is_stopped(terminal: "Terminal") -> None:
+    log = logger_on(terminal.slave)
+    with terminal.stopped():
+        for _ in range(3):
+            log.info("nobody sees this")
+    log.info("again")
 
-    braked.passes(INTERVAL)
-    braked.warns("user %s", "100%s %d")
-    assert braked.taken() == ["user 100%s %d (1 more like this held back)"]
+    assert terminal.reads_until(b"again\r\n").decode().splitlines() == [
+        "3 lines of the log are lost: they could not be written",
+        "again",
+    ]
+
+
+def test_the_terminal_is_gone(terminal: "Terminal", capfd: pytest.CaptureFixture[str]) -> None:
+    log = logger_on(terminal.slave)
+    terminal.hangs_up()
+
+    log.info("hello")
+
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_pipe_is_closed(pipe: "Pipe", capfd: pytest.CaptureFixture[str]) -> None:
+    log = logger_on(pipe.writes)
+    pipe.nobody_reads()
+
+    log.info("hello")
+    log.info("hello")
+
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_disk_is_full(capfd: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            os.write(full.fileno(), b"hello")
+        log = logger_on(full.fileno())
+
+        log.info("hello")
+        log.info("hello")
+
+    assert capfd.readouterr() == ("", "")
+
+
+def test_stderr_is_closed_meanwhile(pipe: "Pipe", capfd: pytest.CaptureFixture[str]) -> None:
+    log = logger_on(pipe.writes)
+    os.close(pipe.takes_write_end())
+
+    log.info("hello")
+
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("log_format", ["human", "json"])
+@pytest.mark.parametrize("how", ["none", "closed"])
+def test_stderr_was_never_open(
+    logged: "Logged", monkeypatch: pytest.MonkeyPatch, log_format: str, how: str
+) -> None:
+    """Another descriptor may have its number by now: nothing is written to 2."""
+    with closing(open(os.devnull, "w")) as stream:  # noqa: PTH123 - a device
+        pass
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", None if how == "none" else stream)
+        configure(log_format, EVERYTHING)
+        logging.getLogger("test.logs").error("hello")
+
+    assert logged.lines() == []
+
+
+def test_the_descriptor_stays_as_it_is_for_others(pipe: "Pipe") -> None:
+    before = fcntl.fcntl(pipe.writes, fcntl.F_GETFL)
+    logger_on(pipe.writes).info("hello")
+
+    assert fcntl.fcntl(pipe.writes, fcntl.F_GETFL) == before
+    assert not before & os.O_NONBLOCK
+
+
+@pytest.mark.parametrize("log_format", ["human", "json"])
+def test_a_line_that_cannot_be_formatted_says_so(logged: "Logged", log_format: str) -> None:
+    configure(log_format, EVERYTHING)
+
+    logging.getLogger("test.logs").info("%d allocations", "three")
+
+    (line,) = logged.lines()
+    assert "%d allocations (cannot be formatted: TypeError(" in line
 
 
 @pytest.mark.parametrize("log_format", ["human", "json"])
@@ -353,48 +532,157 @@ def test_the_log_is_braked(logged: "Logged", log_format: str) -> None:
 class Logged:
     """What went to stderr."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
 
     def lines(self) -> list[str]:
         """Return the lines, divided as a terminal does, not only at line feeds."""
-        return self._capsys.readouterr().err.splitlines()
+        return self._capfd.readouterr().err.splitlines()
 
     def records(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.lines()]
 
 
 @pytest.fixture
-def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[Logged]:
+def logged(capfd: pytest.CaptureFixture[str]) -> Iterator[Logged]:
+    with logging_as_before():
+        yield Logged(capfd)
+
+
+@contextmanager
+def logging_as_before() -> Iterator[None]:
     """Leave logging as it was before, but for the loggers of these tests."""
     handlers, level = logging.root.handlers[:], logging.root.level
-    yield Logged(capsys)
+    yield
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
     for name in ["test.logs", "test.logs.deep"]:
         logging.getLogger(name).setLevel(logging.NOTSET)
 
 
-class Braked:
-    """A brake with a clock that stands still, and what it let through."""
+class Stderr:
+    """Lets stderr be another descriptor."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def becomes(self, descriptor: int, **variables: str) -> None:
+        stream = open(descriptor, "w", closefd=False)  # noqa: SIM115 - a descriptor
+        self._monkeypatch.setattr(sys, "stderr", stream)
+        for name in ["NO_COLOR", "TERM", "JOURNAL_STREAM"]:
+            self._monkeypatch.delenv(name, raising=False)
+        for name, text in variables.items():
+            self._monkeypatch.setenv(name, text)
+
+    @contextmanager
+    def becomes_journal(self, path: Path) -> Iterator[Path]:
+        """Let stderr be a file that is what JOURNAL_STREAM says the journal is."""
+        with path.open("w") as stream:
+            status = path.stat()
+            self.becomes(stream.fileno(), JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}")
+            yield path
+
+
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stderr]:
+    with logging_as_before():
+        yield Stderr(monkeypatch)
+
+
+class Pipe:
+    """A pipe as small as can be."""
 
     def __init__(self) -> None:
-        self._now = 1000.0
-        self._brake = Brake(lambda: self._now)
-        self._taken: list[str] = []
+        self._read_end, self.writes = os.pipe()
+        fcntl.fcntl(self.writes, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
+        self._open = {self._read_end, self.writes}
 
-    def passes(self, seconds: float) -> None:
-        self._now += seconds
+    def __enter__(self) -> Self:
+        return self
 
-    def warns(self, template: str, argument: object) -> None:
-        self.logs("test", WARNING, template, argument)
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open:
+            os.close(descriptor)
 
-    def logs(self, logger: str, level: int, template: str, argument: object) -> None:
-        record = logging.LogRecord(logger, level, __file__, 1, template, (argument,), None)
-        if self._brake.filter(record):
-            self._taken.append(record.getMessage())
+    def reads(self) -> bytes:
+        return os.read(self._read_end, 1 << 20)
 
-    def taken(self) -> list[str]:
-        """Return the lines that came through since the last time."""
-        taken, self._taken = self._taken, []
-        return taken
+    def is_writable(self) -> bool:
+        return bool(select.select([], [self.writes], [], 0)[1])
+
+    def nobody_reads(self) -> None:
+        self._open.remove(self._read_end)
+        os.close(self._read_end)
+
+    def takes_write_end(self) -> int:
+        """Give the descriptor to who will close it."""
+        self._open.remove(self.writes)
+        return self.writes
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    with Pipe() as pipe:
+        yield pipe
+
+
+class Terminal:
+    """A pseudoterminal: the relay has the slave, somebody looks at the master."""
+
+    def __init__(self) -> None:
+        self._master, self.slave = os.openpty()
+        self._open = {self._master, self.slave}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open:
+            os.close(descriptor)
+
+    def reads(self) -> bytes:
+        return os.read(self._master, 1 << 20)
+
+    def reads_until(self, end: bytes) -> bytes:
+        seen = b""
+        while not seen.endswith(end):
+            seen += self.reads()
+        return seen
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop the output, as Ctrl-S does."""
+        termios.tcflow(self.slave, termios.TCOOFF)
+        yield
+        termios.tcflow(self.slave, termios.TCOON)
+
+    def hangs_up(self) -> None:
+        self._open.remove(self._master)
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    with Terminal() as terminal:
+        yield terminal
+
+
+@pytest.fixture
+def limited() -> Iterator[None]:
+    """Fail what blocks, rather than wait for ever."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("it blocks")  # not TimeoutError, which is an OSError
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def logger_on(descriptor: int) -> logging.Logger:
+    """Return a logger that writes bare messages there, whatever their number."""
+    logger = logging.Logger("test.logs")
+    logger.addHandler(LineHandler(descriptor))
+    return logger
