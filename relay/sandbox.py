@@ -1,31 +1,221 @@
-"""What the process gives up, and how it is called, before it serves anyone."""
+"""What the process gives up, and how it is called, before it serves anyone.
 
+All of it but being dumpable is a setting of one thread, which the threads that it starts
+inherit. So it is given up before there is any other, and looked at in each of them once all
+of them run. See capabilities(7), and PR_SET_NO_NEW_PRIVS and PR_SET_DUMPABLE in prctl(2).
+"""
+
+import errno
 import logging
+import os
+from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
+from operator import or_
+from pathlib import Path
+from typing import Any, Final
 
 logger = logging.getLogger("relay.sandbox")
 
-PROCESS_NAME = "firezone-relay"  # the kernel keeps 15 bytes
+PROCESS_NAME: Final = "firezone-relay"  # the kernel keeps 15 bytes
 
 
-def enter() -> None:
-    """Name the process and give up gaining privileges by exec, for good.
+class SandboxError(Exception):
+    """The process keeps what it must not keep."""
 
-    Both are settings of the calling thread that threads inherit: call it before any
-    thread is started. A system without them is served all the same, with a warning.
+
+def enter(harden: str) -> "Sandbox":
+    """Name the process and give up every privilege, for good. Call it before there is any thread.
+
+    Given up are all capabilities, gaining any by exec, and being dumped or traced by its own
+    user: secrets are in memory. With *harden* "require" everything that the process has the
+    power to give up must go, with "auto" only the capabilities of root; the rest is a warning.
+    With "off" the process is named and that is all. Raises SandboxError.
     """
     name_thread(PROCESS_NAME)
-    _prctl("set_no_new_privs", 1)
+    if harden == "off":
+        return Sandbox(harden, empties_bounding_set=False)
+    is_root = os.geteuid() == 0
+    try:
+        prctl = _prctl()
+        has_setpcap = _has_setpcap(prctl)
+    except Exception as error:  # noqa: BLE001
+        _complain(f"cannot drop privileges: {error}", is_fatal=is_root or harden == "require")
+        return Sandbox(harden, empties_bounding_set=False)
+    steps = [
+        ("drop capabilities", _drop_capabilities),
+        ("set no_new_privs", _forbid_new_privileges),
+        ("become undumpable", _forbid_dumps),
+    ]
+    if has_setpcap:  # which goes with the other capabilities
+        steps[:0] = [
+            ("set securebits", _lock_securebits),
+            ("empty the bounding set", _empty_bounding_set),
+        ]
+    for what, give_up in steps:
+        try:
+            give_up(prctl)
+        except Exception as error:  # noqa: BLE001
+            must_succeed = is_root and give_up is _drop_capabilities
+            _complain(f"cannot {what}: {error}", is_fatal=must_succeed or harden == "require")
+    return Sandbox(harden, empties_bounding_set=has_setpcap)
 
 
 def name_thread(name: str) -> None:
     """Call the calling thread *name*, as ``ps -L`` and ``top -H`` show it."""
-    _prctl("set_name", name)
-
-
-def _prctl(function: str, argument: object) -> None:
     try:
-        # A C extension: on a kernel or libc it was not built for, anything can come of it.
-        getattr(import_module("prctl"), function)(argument)
+        _prctl().set_name(name)
     except Exception as error:  # noqa: BLE001
-        logger.warning("prctl %s: %s", function, error)
+        logger.warning("cannot name the thread %s: %s", name, error)
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """What was asked for, to be held against what the kernel says."""
+
+    harden: str
+    empties_bounding_set: bool  # without CAP_SETPCAP it stays, which no_new_privs makes harmless
+
+    def verify(self) -> None:
+        """Look at every thread there is, and log in one line what holds.
+
+        Raises SandboxError if something does not hold that must: see :func:`enter`. Securebits
+        are the one thing that the kernel does not show.
+        """
+        if self.harden == "off":
+            logger.info("not sandboxed: harden is off")
+            return
+        try:
+            threads = _threads()
+        except (OSError, KeyError, ValueError) as error:
+            _complain(
+                f"cannot verify the sandbox: {_reason(error)}", is_fatal=self.harden == "require"
+            )
+            return
+        capable = [
+            f"{thread.name} ({thread.capabilities:#x})" for thread in threads if thread.capabilities
+        ]
+        bounded = [thread.name for thread in threads if thread.bounding_set]
+        gaining = [thread.name for thread in threads if not thread.no_new_privileges]
+        dumpable = _dumpable()
+
+        problems = []
+        if capable:
+            problems.append(f"capabilities in {', '.join(capable)}")
+        if bounded and self.empties_bounding_set:
+            problems.append(f"a bounding set in {', '.join(bounded)}")
+        if gaining:
+            problems.append(f"new privileges possible in {', '.join(gaining)}")
+        if dumpable:
+            problems.append(dumpable)
+        if problems:
+            must_hold = self.harden == "require" or (bool(capable) and os.geteuid() == 0)
+            _complain(f"not sandboxed: {'; '.join(problems)}", is_fatal=must_hold)
+            return
+        logger.info(
+            "sandboxed: no capabilities%s, no new privileges, not dumpable, in %s (%s)",
+            "" if bounded else ", empty bounding set",
+            "1 thread" if len(threads) == 1 else f"{len(threads)} threads",
+            ", ".join(thread.name for thread in threads),
+        )
+
+
+def _complain(problem: str, *, is_fatal: bool) -> None:
+    if is_fatal:
+        raise SandboxError(f"{problem} (--harden off runs it all the same)")
+    logger.warning("%s", problem)
+
+
+# --- Giving up ------------------------------------------------------------------------------
+
+
+def _prctl() -> Any:  # noqa: ANN401
+    """Import python-prctl: on a kernel or libc it was not built for, anything can come of it."""
+    return import_module("prctl")
+
+
+def _has_setpcap(prctl: Any) -> bool:  # noqa: ANN401
+    held = prctl.get_caps((prctl.CAP_SETPCAP, prctl.CAP_EFFECTIVE))
+    return bool(held[prctl.CAP_EFFECTIVE][prctl.CAP_SETPCAP])
+
+
+def _lock_securebits(prctl: Any) -> None:  # noqa: ANN401
+    """Make uid 0 a user like any other, to exec and setuid too."""
+    prctl.set_securebits(
+        prctl.SECBIT_NOROOT
+        | prctl.SECBIT_NOROOT_LOCKED
+        | prctl.SECBIT_NO_SETUID_FIXUP
+        | prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
+        | prctl.SECBIT_KEEP_CAPS_LOCKED
+    )
+
+
+def _empty_bounding_set(prctl: Any) -> None:  # noqa: ANN401
+    for capability in sorted(prctl.ALL_CAPS):
+        try:
+            is_in = prctl.capbset_read(capability)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # python-prctl was built for a newer kernel
+                break
+            raise
+        if is_in:
+            prctl.capbset_drop(capability)
+
+
+def _drop_capabilities(prctl: Any) -> None:  # noqa: ANN401
+    """Empty the effective, permitted and inheritable set, and with these the ambient one."""
+    prctl.set_caps((prctl.ALL_CAPS, prctl.ALL_FLAGS, False))
+
+
+def _forbid_new_privileges(prctl: Any) -> None:  # noqa: ANN401
+    prctl.set_no_new_privs(1)
+
+
+def _forbid_dumps(prctl: Any) -> None:  # noqa: ANN401
+    prctl.set_dumpable(0)
+
+
+# --- Looking at it --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Thread:
+    """What /proc/PID/task/TID/status says of one thread. See proc(5)."""
+
+    name: str
+    capabilities: int  # of all four sets together, as a bit mask, as is the next
+    bounding_set: int
+    no_new_privileges: bool
+
+
+def _threads() -> list[_Thread]:
+    """Return the threads of this process, by name. Raises OSError, KeyError or ValueError."""
+    threads = []
+    for directory in Path("/proc/self/task").iterdir():
+        try:
+            text = (directory / "status").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+        fields = dict(line.split(":\t", 1) for line in text.splitlines())
+        sets = (int(fields[key], 16) for key in ("CapInh", "CapPrm", "CapEff", "CapAmb"))
+        threads.append(
+            _Thread(
+                fields["Name"],
+                capabilities=reduce(or_, sets),
+                bounding_set=int(fields["CapBnd"], 16),
+                no_new_privileges=fields["NoNewPrivs"] == "1",
+            )
+        )
+    return sorted(threads, key=lambda thread: thread.name)
+
+
+def _dumpable() -> str:
+    """Return what is wrong, or nothing. It is a setting of the process, and not in /proc."""
+    try:
+        return "dumpable" if _prctl().get_dumpable() else ""
+    except Exception as error:  # noqa: BLE001
+        return f"perhaps dumpable: {error}"
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
