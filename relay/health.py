@@ -1,0 +1,331 @@
+"""Health checks and metrics over HTTP, from one thread that cannot hurt the data path.
+
+A thread that computes keeps the interpreter's lock from the reactor, however short its work.
+So all of HTTP has one thread, and after a slice of work it rests for many times the CPU time
+that this took. Whatever comes in, the reactor gives up a few per cent, a millisecond
+at a time; what comes faster has to wait.
+
+Each connection is good for one request, and for a bounded time. If there are too many the
+oldest has to go, so that those which sit there never keep a newcomer out.
+"""
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import Any, Final
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
+from waitress import wasyncore
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.server import TcpWSGIServer
+
+from relay.exposition import RelayCollector, Status
+
+logger = logging.getLogger("relay.health")
+
+SLICE: Final = 0.0005  # seconds of CPU time without a rest; what has begun is finished
+REST: Final = 30  # times the CPU time used: 3 % of a core at most
+METRICS_AGE: Final = 1.0  # seconds for which /metrics says the same
+MAX_CONNECTIONS: Final = 64
+ACCEPTS_PER_TURN: Final = 16
+REQUEST_TIMEOUT: Final = 10.0  # seconds from the accept to the last byte of the answer
+LARGEST_HEADER: Final = 4096  # bytes
+LARGEST_BODY: Final = 1024  # bytes; nobody looks at it
+READ_SIZE: Final = 1024  # bytes per turn and connection
+
+METHODS: Final = ("GET", "HEAD")
+
+Headers = list[tuple[str, str]]
+Answer = tuple[str, Headers, bytes]
+
+
+class HealthServer:
+    """Answers /healthz, /readyz and /metrics."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        status: Callable[[], Status],
+        *,
+        version: str,
+        on_start: Callable[[], None] = lambda: None,
+        drop_reasons: Iterable[str] = (),
+        auth_failure_reasons: Iterable[str] = (),
+        request_timeout: float = REQUEST_TIMEOUT,
+        metrics_age: float = METRICS_AGE,
+    ) -> None:
+        """Listen on *host*, a literal address, and *port*. Raises OSError.
+
+        *status*, and *on_start* before anything else, are called in the thread of this
+        server. The reasons are those to report as 0 until they are counted.
+        """
+        registry = CollectorRegistry()
+        registry.register(
+            RelayCollector(
+                status,
+                version=version,
+                drop_reasons=drop_reasons,
+                auth_failure_reasons=auth_failure_reasons,
+            )
+        )
+        _ProcessCollector(registry=registry)
+        self._on_start = on_start
+        self._stopping = threading.Event()
+        self._is_closed = False
+        self._used = 0.0  # CPU time of the thread up to its last rest
+        self._server = _Server(
+            _listen(host, port),
+            _Pages(status, version, make_wsgi_app(registry), metrics_age),
+            self._rest,
+            request_timeout,
+        )
+        self.address: tuple[str, int] = self._server.socket.getsockname()[:2]
+        self._thread = threading.Thread(target=self._run, name="health", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and close every connection."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._stopping.set()
+        self._server.pull_trigger()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._server.close_all()
+
+    def _run(self) -> None:
+        self._on_start()
+        try:
+            while not self._stopping.is_set():
+                self._server.turn()
+                self._rest()
+        except Exception:
+            logger.exception("the thread for HTTP is stopped by a bug")
+
+    def _rest(self) -> None:
+        """Leave the interpreter to the reactor, if it is time. Called after each piece of work."""
+        used = time.thread_time() - self._used
+        if used >= SLICE:
+            self._stopping.wait(REST * used)
+            self._used = time.thread_time()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen()
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class _ProcessCollector(ProcessCollector):
+    """Looks at /proc/self only: the rest of /proc may be hidden (ProcSubset=pid)."""
+
+    def _boot_time(self) -> float:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+# --- What is answered -----------------------------------------------------------------------
+
+
+class _Pages:
+    """The WSGI application."""
+
+    def __init__(
+        self,
+        status: Callable[[], Status],
+        version: str,
+        prometheus: Callable[..., Iterable[bytes]],
+        metrics_age: float,
+    ) -> None:
+        self._status = status
+        self._version = version
+        self._prometheus = prometheus
+        self._metrics_age = metrics_age
+        self._rendered: tuple[float, Answer] | None = None  # when, and what
+        self._pages = {
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/metrics": self._metrics,
+        }
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        method = environ["REQUEST_METHOD"]
+        page = self._pages.get(environ["PATH_INFO"])
+        if page is None:
+            status, headers, body = _text(HTTPStatus.NOT_FOUND, "not found")
+        elif method not in METHODS:
+            status, headers, body = _text(HTTPStatus.METHOD_NOT_ALLOWED, "read only")
+            headers.append(("Allow", ", ".join(METHODS)))
+        else:
+            status, headers, body = page()
+        start_response(status, [*headers, ("Content-Length", str(len(body)))])
+        return [] if method == "HEAD" else [body]
+
+    def _healthz(self) -> Answer:
+        """Tell if the loop turns. Nothing else: whoever asks may restart the relay."""
+        stuck = self._status().stuck
+        if stuck is None:
+            return _text(HTTPStatus.OK, "ok")
+        return _text(HTTPStatus.SERVICE_UNAVAILABLE, stuck)
+
+    def _readyz(self) -> Answer:
+        reason = self._status().unready
+        answer = {"ready": reason is None, "reason": reason, "version": self._version}
+        return _answer(
+            HTTPStatus.OK if reason is None else HTTPStatus.SERVICE_UNAVAILABLE,
+            "application/json",
+            json.dumps(answer),
+        )
+
+    def _metrics(self) -> Answer:
+        now = time.monotonic()
+        if self._rendered is None or now - self._rendered[0] >= self._metrics_age:
+            self._rendered = now, self._render()
+        return self._rendered[1]
+
+    def _render(self) -> Answer:
+        """Ask for one format, whatever the request says, as the answer is not for it alone.
+
+        To compress would cost more than to send, and an Accept header may hold what raises
+        in there.
+        """
+        started: list[tuple[str, Headers]] = []
+
+        def start_response(status: str, headers: Headers) -> None:
+            started.append((status, headers))
+
+        request = {"REQUEST_METHOD": "GET", "PATH_INFO": "/metrics"}
+        body = b"".join(self._prometheus(request, start_response))
+        ((status, headers),) = started
+        return status, headers, body
+
+
+def _text(status: HTTPStatus, line: str) -> Answer:
+    return _answer(status, "text/plain; charset=utf-8", line)
+
+
+def _answer(status: HTTPStatus, content_type: str, line: str) -> Answer:
+    return f"{status} {status.phrase}", [("Content-Type", content_type)], f"{line}\n".encode()
+
+
+# --- How it is served -----------------------------------------------------------------------
+
+
+class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
+    """waitress without threads of its own, and with connections that end."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        pages: _Pages,
+        rest: Callable[[], None],
+        request_timeout: float,
+    ) -> None:
+        self.rest = rest
+        self.request_timeout = request_timeout
+        self.channel_class = _Connection
+        self._complete = _Queue()
+        super().__init__(
+            pages,
+            _sock=sock,
+            bind_socket=False,
+            sockinfo=(sock.family, sock.type, sock.proto, sock.getsockname()),
+            dispatcher=self._complete,
+            adj=Adjustments(
+                sockets=[sock],
+                backlog=2 * MAX_CONNECTIONS,
+                connection_limit=2 * MAX_CONNECTIONS,  # which is never reached
+                recv_bytes=READ_SIZE,
+                max_request_header_size=LARGEST_HEADER,
+                max_request_body_size=LARGEST_BODY,
+                ident=None,
+                log_socket_errors=False,
+            ),
+        )
+
+    def turn(self) -> None:
+        """Wait for connections and serve each once."""
+        wasyncore.loop(self._patience(), use_poll=True, map=self._map, count=1)
+        while self._complete:
+            self._complete.popleft().service()
+            self.rest()
+        self._end_connections()
+
+    def handle_accept(self) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            held = len(self.active_channels)
+            super().handle_accept()
+            if len(self.active_channels) == held:  # nobody waits, or there are no descriptors
+                break
+        self.rest()
+
+    def _patience(self) -> float | None:
+        """Return the seconds until the oldest connection has to go."""
+        oldest = next(iter(self.active_channels.values()), None)
+        return None if oldest is None else max(0.0, oldest.expires_at - time.monotonic())
+
+    def _end_connections(self) -> None:
+        """Close those whose time is over, and the oldest if there are too many."""
+        now = time.monotonic()
+        for connection in list(self.active_channels.values()):  # in the order of their accept
+            if connection.expires_at > now and len(self.active_channels) <= MAX_CONNECTIONS:
+                break
+            connection.handle_close()
+
+    def close_all(self) -> None:
+        """Close every connection and the listening socket."""
+        wasyncore.close_all(self._map)
+
+
+class _Queue(deque[Any]):
+    """Connections with a complete request, which :meth:`_Server.turn` serves."""
+
+    add_task = deque.append  # waitress calls it so
+
+
+class _Parser(HTTPRequestParser):  # type: ignore[misc]
+    """Reads the one request of a connection."""
+
+    def received(self, data: bytes) -> int:
+        consumed: int = super().received(data)
+        return len(data) if self.completed else consumed  # what follows is not looked at
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # such as an address that urllib does not take
+            raise ParsingError("cannot be understood") from error
+        self.headers["CONNECTION"] = "close"  # whatever it says
+
+
+class _Connection(HTTPChannel):  # type: ignore[misc]
+    """One connection."""
+
+    parser_class = _Parser
+
+    def __init__(self, server: _Server, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        self.expires_at = time.monotonic() + server.request_timeout
+        super().__init__(server, *args, **kwargs)
+
+    def received(self, data: bytes) -> None:
+        super().received(data)
+        self.server.rest()
