@@ -4,8 +4,13 @@
 ``cli``                 flags, environment and file become a ``Config``; exit codes
 ``options``             every option, one row each
 ``config``              ``Config``: checked once when built, trusted afterwards
-``logs``                log format, levels, and a brake on repeated lines
-``daemon``              builds the parts, connects them, starts and drains them
+``logs`` ``logbrake``   log formats and levels; a brake on lines that repeat
+``daemon``              builds the parts, connects them; starts, reloads, drains
+``listening``           the sockets for clients: bound here, or by systemd
+``monitor``             what the relay says of itself
+``health``              /healthz, /readyz and /metrics, in a thread of their own
+``exposition``          the metrics as Prometheus wants them
+``systemd``             readiness, status, watchdog; inherited sockets
 ``forwarder``           where TURN meets the sockets. **Read this first**
 ``metrics``             what is counted
 ``stun``                RFC 8489: bytes to messages and back. Pure

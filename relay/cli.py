@@ -12,17 +12,18 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO
 
 import configargparse
 
-from relay.config import Config, ConfigError
+from relay.config import Config, ConfigError, Reloaded
 from relay.daemon import Daemon, DaemonError
-from relay.logs import configure, parse_levels
+from relay.logs import configure
 from relay.net.addresses import is_local, outward_address
-from relay.options import DEFAULT_FILE, OPTIONS, Option, parse_token, read_token_file
+from relay.options import CREDENTIALS, DEFAULT_FILE, OPTIONS, Option, parse_token, read_token_file
 from relay.turn.auth import mint
 from relay.version import __version__
 
@@ -36,7 +37,8 @@ _BY_NAME: Final = {option.name: option for option in OPTIONS}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
-        return _run(read(sys.argv[1:] if argv is None else argv, os.environ))
+        arguments = sys.argv[1:] if argv is None else argv
+        return _run(arguments, read(arguments, os.environ))
     except UsageError as error:
         return _fail(os.EX_USAGE, f"{error} (--help lists the options)")
     except ConfigError as error:
@@ -56,9 +58,8 @@ class Command:
 
     config: Config
     texts: dict[str, tuple[str, ...]]  # every option that has a value, as it could be written
+    file: str  # of options; it need not exist
     secret_files: tuple[str, ...]
-    log_format: str
-    log_levels: dict[str, int]
     check_config: bool
     print_config: bool
     mint: int | None  # seconds
@@ -71,7 +72,7 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
     """
     _value.cache_clear()
     variables, bad_variable = _variables(environment)
-    namespace = _parser(_given_file(argv)).parse_args(list(argv), env_vars=variables)
+    namespace = build_parser(_given_file(argv)).parse_args(list(argv), env_vars=variables)
     if bad_variable is not None:  # only now: --help should help
         raise bad_variable
     values: dict[str, Any] = {}
@@ -88,17 +89,17 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
         else:
             values[option.name] = () if option.repeatable else None
     token_sources = _find_token(values, texts, environment)
-    if values["one-allocation-per-username"] is None:
-        values["one-allocation-per-username"] = values["token-file"] is not None
     if values["token-file"] is None:
         _find_public_addresses(values, texts)
-    config = Config(**{o.field: values[o.name] for o in OPTIONS if o.field is not None})
+    config = Config(
+        **{option.field: values[option.name] for option in OPTIONS},
+        http_addr_given=namespace.http_addr is not None,
+    )
     return Command(
         config,
         texts,
+        file=namespace.config or DEFAULT_FILE,
         secret_files=(*token_sources, *texts.get("relay-secret-file", ())),
-        log_format=values["log-format"],
-        log_levels=parse_levels(values["log-level"]),
         check_config=namespace.check_config,
         print_config=namespace.print_config,
         mint=namespace.mint,
@@ -124,8 +125,28 @@ def _variables(environment: Mapping[str, str]) -> tuple[dict[str, str], ConfigEr
     return good, bad
 
 
-def _run(command: Command) -> int:
-    configure(command.log_format, command.log_levels)
+def reread(
+    argv: Sequence[str], environment: Mapping[str, str], running: Command, config: Config
+) -> Reloaded:
+    """Read the options again for a relay that was started with *running* and has *config*.
+
+    Raises UsageError or ConfigError, as :func:`read` does, also where something that was read
+    cannot be read twice.
+    """
+    for path in (running.file, *running.secret_files):
+        if Path(path).exists() and not Path(path).is_file():
+            raise ConfigError(f"{path}: is no regular file and cannot be read again")
+    wanted = read(argv, environment).config
+    changed = [o for o in OPTIONS if getattr(wanted, o.field) != getattr(config, o.field)]
+    return Reloaded(
+        replace(config, **{o.field: getattr(wanted, o.field) for o in changed if o.reloads}),
+        changed=tuple(option.name for option in changed if option.reloads),
+        needs_restart=tuple(option.name for option in changed if not option.reloads),
+    )
+
+
+def _run(argv: Sequence[str], command: Command) -> int:
+    configure(command.config.log_format, command.config.log_levels)
     if command.print_config:
         for option in OPTIONS:
             for text in command.texts.get(option.name, ()):
@@ -137,7 +158,7 @@ def _run(command: Command) -> int:
     if command.print_config or command.check_config or command.mint is not None:
         return os.EX_OK
     _warn_about_secret_files(command.secret_files)
-    daemon = Daemon(command.config)
+    daemon = Daemon(command.config, reread=partial(reread, argv, os.environ, command))
     daemon.run()
     return os.EX_OK
 
@@ -183,7 +204,7 @@ def _find_token(
             return ()
         if variable:
             source, path = f"{source}, file {variable}", variable
-        elif directory and credential.exists():
+        elif directory and not _is_missing(credential):
             source, path = f"file {credential}", str(credential)
         else:
             return ()
@@ -191,6 +212,17 @@ def _find_token(
     except ValueError as error:
         raise ConfigError(f"the token {error} ({source})") from None
     return (path,)
+
+
+def _is_missing(path: Path) -> bool:
+    """Tell if there is no such file; one that cannot be looked at is not missing."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _is_file(text: str) -> bool:
@@ -311,12 +343,14 @@ def _given_file(argv: Sequence[str]) -> str | None:
     return path
 
 
-def _parser(file: str | None) -> _Parser:
+def build_parser(file: str | None = None) -> _Parser:
     """Build the parser that reads *file*, or the default file if there is one."""
     parser = _Parser(
         prog=PROGRAM,
-        description="A STUN and TURN relay. Every option is also an environment variable and a "
-        "'key = value' line in a file; a flag beats a variable beats the file.",
+        usage="%(prog)s [-c FILE] [option ...]",
+        description="A STUN and TURN relay. Every option is also an environment variable, named "
+        "in brackets, and a 'key = value' line in a file; a flag beats a variable beats the file.",
+        epilog=f"Signals, exit codes and metrics are in README.md and in {PROGRAM}(8).",
         allow_abbrev=False,
         add_help=False,
         add_config_file_help=False,
@@ -351,22 +385,28 @@ def _parser(file: str | None) -> _Parser:
                 metavar=option.metavar,
                 action="append" if option.repeatable else "store",
             )
-    other = parser.add_argument_group("other")
-    other.add_argument(
+    reading = parser.add_argument_group("Read and check the options")
+    reading.add_argument(
         "-c",
         "--config",
         metavar="FILE",
         help=f"read options from this file (default: {DEFAULT_FILE}, if there is one)",
     )
-    other.add_argument("--check-config", action="store_true", help="check the options and exit")
-    other.add_argument("--print-config", action="store_true", help="print the options and exit")
-    other.add_argument(
+    reading.add_argument("--check-config", action="store_true", help="check the options and exit")
+    reading.add_argument("--print-config", action="store_true", help="print the options and exit")
+    groups[CREDENTIALS].add_argument(
         "--mint",
         type=_seconds,
         metavar="SECONDS",
         help="print a credential for the secret of --relay-secret-file as JSON, and exit",
     )
-    other.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    other = parser.add_argument_group("Other")
+    other.add_argument(
+        "--version",
+        action="version",
+        version=f"{PROGRAM} {__version__}",
+        help="print the version and exit",
+    )
     other.add_argument("-h", "--help", action="help", help="show this and exit")
     return parser
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from relay.stun.address import format_endpoint
+from relay.stun.address import Address, format_endpoint
 from relay.stun.const import Family
 
 
@@ -30,9 +30,18 @@ class Config:
     relay_secret: str | None = field(repr=False)
     allow_peers: tuple[str, ...]  # CIDR
     deny_peers: tuple[str, ...]
-    one_allocation_per_username: bool
+    one_allocation_per_username: bool | None  # None: as the portal's presence says
     max_allocations: int | None  # None: as many as ports and descriptors allow
+    max_allocations_per_username: int | None
+    max_allocations_per_ip: int | None  # for IPv6, per /64
+    unauthenticated_rate: int  # answers per second; 0: no limit
+    unauthenticated_rate_per_prefix: int  # likewise
     channel_numbers: range
+    log_format: str
+    log_levels: dict[str, int]  # by logger
+    http_addr: Address | None
+    http_addr_given: bool = field(compare=False)  # False: nobody insists on it
+    harden: str
     drain_timeout: int  # seconds
     software: str | None
     rng_seed: int | None
@@ -49,6 +58,18 @@ class Config:
         if self.public_ip4 is None and self.public_ip6 is None:
             why = "with a token" if self.token else "on a machine without a route or loopback"
             raise ConfigError(f"public-ip4-addr or public-ip6-addr is needed {why}")
+
+    @property
+    def allows_takeover(self) -> bool:
+        """Whether an Allocate ends what the same username holds on another socket."""
+        if self.one_allocation_per_username is None:
+            return self.token is not None
+        return self.one_allocation_per_username
+
+    @property
+    def ports(self) -> range:
+        """The ports for allocations."""
+        return range(self.lowest_port, self.highest_port + 1)
 
     @property
     def public_hosts(self) -> dict[Family, str]:
@@ -69,3 +90,12 @@ class Config:
             f"turn:{format_endpoint(host, self.listen_port)}?transport=udp"
             for host in self.public_hosts.values()
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What came of reading the configuration again."""
+
+    config: Config  # for the running relay: only what can change without a restart has changed
+    changed: tuple[str, ...]  # the options that have
+    needs_restart: tuple[str, ...]  # those that would have

@@ -1,4 +1,4 @@
-"""Builds the parts and connects them; starts, drains and stops. Holds no protocol."""
+"""Builds the parts and connects them; starts, reloads, drains and stops. Holds no protocol."""
 
 import errno
 import logging
@@ -8,19 +8,25 @@ import random
 import resource
 import secrets
 import signal
+import sys
+import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Final, assert_never
 
-from relay import sandbox
-from relay.config import Config
+from relay import logs, sandbox, systemd
+from relay.config import Config, ConfigError, Reloaded
 from relay.forwarder import LARGEST_DATAGRAM, Forwarder
+from relay.health import HealthServer
+from relay.listening import open_listeners
 from relay.metrics import Counters
+from relay.monitor import Monitor
 from relay.net.addresses import WILDCARDS, is_local, local_addresses
 from relay.net.mailbox import Mailbox
 from relay.net.reactor import Reactor, log_bug
 from relay.net.signals import Signals
-from relay.net.udp import ListeningSocket, RelayPorts, listen
+from relay.net.udp import USUAL_LOSSES, ListeningSocket, RelayPorts
 from relay.portal.client import PortalClient
 from relay.portal.endpoint import endpoint
 from relay.portal.phoenix import (
@@ -32,18 +38,25 @@ from relay.portal.phoenix import (
 )
 from relay.stun.address import family_of, format_endpoint
 from relay.stun.const import Family
-from relay.turn.auth import Authenticator, mint
+from relay.turn.auth import Authenticator, AuthFailure, mint
 from relay.turn.channeldata import HEADER_SIZE
+from relay.turn.commands import Drop
 from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server, Settings
 from relay.version import __version__
 
 logger = logging.getLogger("relay.daemon")
 
-ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SPARE_DESCRIPTORS: Final = 32  # for everything but relay ports
+CAUGHT: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SPARE_DESCRIPTORS: Final = 32  # for everything but relay ports and HTTP
+HTTP_DESCRIPTORS: Final = 96
 MAX_CHANNELS: Final = 1 << 18  # at about 1,200 bytes each
 WELCOME_LIFETIME: Final = 24 * 3600  # seconds for which the credential printed at start is good
+STATUS_INTERVAL: Final = 10.0  # seconds between the lines for systemd
+GRACE: Final = 30.0  # seconds that systemd is asked for beyond what something should take
+# Whenever the loop calls the system another thread may run Python; it has to let the loop go on
+# after this many seconds. With the default of 5 ms one scrape would hold up every datagram.
+SWITCH_INTERVAL: Final = 0.0002
 
 
 class DaemonError(Exception):
@@ -57,48 +70,39 @@ class DaemonError(Exception):
 class Daemon:
     """A relay with its sockets bound, ready to run. Raises DaemonError if it cannot be."""
 
-    def __init__(self, config: Config) -> None:
-        """Bind the listening sockets and build everything behind them."""
+    def __init__(self, config: Config, reread: Callable[[Config], Reloaded] | None = None) -> None:
+        """Bind the listening sockets and build everything behind them.
+
+        ``reread(config)`` reads the configuration again; it may raise ConfigError.
+        """
         self._config = config
+        self._reread = reread
         self.counters = Counters()
         self.reactor = Reactor(on_bug=self._on_bug)
         self.mailbox: Mailbox[PortalEvent] = Mailbox(self._on_mail)
         self._serving = self._draining = False
+        self._named = {name: threading.Event() for name in ("health", "portal")}  # threads
         self._failure: DaemonError | None = None
         rng = secrets.SystemRandom() if config.rng_seed is None else _seeded(config.rng_seed)
         self._secret = config.relay_secret or rng.randbytes(32).hex()
         self._welcome_salt = rng.randbytes(8).hex()
-        descriptors = _raise_descriptor_limit()
+        self._descriptors = _raise_descriptor_limit()
+        self._notifier = systemd.Notifier(os.environ)
+        self._watchdog = systemd.watchdog_interval(os.environ, os.getpid())
 
         self._buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
-        self._listeners = {family: self._listen(host) for family, host in config.bind_hosts.items()}
+        self._listeners = self._listen()
         self._relay_hosts: dict[int, str] = {
             family: self._relay_host(family) for family in config.public_hosts
         }
-        ports = range(config.lowest_port, config.highest_port + 1)
-        own_hosts = {*config.public_hosts.values(), *config.bind_hosts.values(), *local_addresses()}
         self.server = Server(
-            Settings(
-                public_hosts=config.public_hosts,
-                ports=ports,
-                listen_port=config.listen_port,
-                max_allocations=config.max_allocations or len(ports),
-                max_sockets=descriptors - SPARE_DESCRIPTORS,
-                max_channels=MAX_CHANNELS,
-                channel_numbers=config.channel_numbers,
-                one_allocation_per_username=config.one_allocation_per_username,
-                software=config.software,
-            ),
+            self._settings(),
             authenticator=Authenticator(self._secret, nonce_key=rng.randbytes(32)),
-            peer_policy=PeerPolicy(
-                config.allow_peers,
-                config.deny_peers,
-                own={(host, config.listen_port) for host in own_hosts},
-                own_hosts=own_hosts,
-            ),
+            peer_policy=self._peer_policy(),
             randbelow=rng.randrange,
             now=self.reactor.clock(),
         )
+        self.monitor = Monitor(self.server, self.counters, self.reactor)
         self.forwarder = Forwarder(
             self.server,
             buffer=self._buffer,
@@ -110,7 +114,7 @@ class Daemon:
                 self.counters.lost,
             ).open,
             public_hosts=config.public_hosts,
-            relay_ports=ports,
+            relay_ports=config.ports,
             channel_numbers=config.channel_numbers,
             timers=self.reactor,
             unix_clock=time.time,
@@ -120,51 +124,48 @@ class Daemon:
         for listener in self._listeners.values():
             self.reactor.register(listener, partial(listener.receive, self._not_yet))
         self.reactor.register(self.mailbox, self.mailbox.deliver)
+        self._health = self._health_server()
         self._portal = None if config.token is None else self._portal_client(config.token)
 
     def run(self) -> None:
-        """Serve until SIGTERM, SIGINT or SIGHUP and the end of draining. For the main thread.
+        """Serve until SIGTERM or SIGINT and the end of draining, then close everything.
 
-        Raises DaemonError if the portal ends it.
-        """
-        sandbox.enter()  # before there is any other thread
-        with Signals(ENDING, self._on_signal) as signals:
-            self.reactor.register(signals, signals.deliver)
-            self.serve()
-
-    def serve(self) -> None:
-        """Serve until :meth:`stop` and the end of draining, then close everything.
-
-        Raises DaemonError if the portal ends it.
+        For the main thread. Raises DaemonError if the portal ends it, or the sandbox fails.
         """
         try:
-            if self._portal is None:
-                self._welcome()
-                self._begin()
-            else:
-                logger.info("waiting for the portal at %s", self._config.api_url)
-                self._portal.start()
-            self.reactor.run()
+            with Signals(CAUGHT, self._on_signal) as signals:
+                self.reactor.register(signals, signals.deliver)
+                self._start()
+                self.reactor.run()
+        except sandbox.SandboxError as error:
+            raise DaemonError(os.EX_OSERR, str(error)) from error
         finally:
             if self._portal is not None:
                 self._portal.stop()
+            if self._health is not None:
+                self._health.stop()
             self.forwarder.close()
             for listener in self._listeners.values():
                 listener.close()
             self.mailbox.close()
             self.reactor.close()
+            self._notifier.close()
             self._farewell()
         if self._failure is not None:
             raise self._failure
 
     def stop(self) -> None:
         """Refuse new allocations and end when there are none; asked again, end at once."""
+        self.monitor.not_ready = "draining"
+        self._notifier.stopping()
         if self._draining or not self.server.allocations:
             self.reactor.stop()
             return
+        self._draining = True
+        self._notifier.extend_timeout(self._config.drain_timeout + GRACE)
         if self._portal is not None:
             self._portal.stop()  # it must not send us anyone new
-        self._draining = True
+            self.monitor.portal_connected = False
         self.server.drain()
         self.forwarder.on_last_port_closed = self.reactor.stop
         self.reactor.call_later(self._config.drain_timeout, self.reactor.stop)
@@ -174,11 +175,77 @@ class Daemon:
             self._config.drain_timeout,
         )
 
+    def reload(self) -> None:
+        """Read the configuration again and go on with it, or, if it is wrong, as before."""
+        if self._reread is None or self._draining:
+            logger.warning("not reloaded: %s", "draining" if self._draining else "nothing to read")
+            return
+        if self._serving:  # before that, READY would say too much
+            self._notifier.reloading()
+        try:
+            reloaded = self._reread(self._config)
+        except ConfigError as error:
+            logger.error("not reloaded, all stays as it was: %s", error)  # noqa: TRY400
+        else:
+            self._go_on_with(reloaded)
+        finally:
+            if self._serving:
+                self._notifier.ready()
+
+    def _start(self) -> None:
+        """Give up privileges, start the threads, and look at what they may do; then serve."""
+        confined = sandbox.enter(self._config.harden)  # before there is any other thread
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        if self._health is not None:
+            self._health.start()
+            self._named["health"].wait()
+        if self._portal is not None:
+            self.monitor.not_ready = "waiting for the portal"
+            self.monitor.portal_connected = False
+            self._portal.start()
+            self._named["portal"].wait()
+        confined.verify()
+        if self._notifier.is_active:
+            self._tell_systemd()
+        if self._watchdog is not None:
+            self._feed_watchdog()
+        if self._portal is None:
+            self._welcome()
+            self._begin()
+        else:
+            logger.info("waiting for the portal at %s", self._config.api_url)
+
+    def _tell_systemd(self) -> None:
+        if not self._serving:  # that the portal is away is no reason to start us anew
+            self._notifier.extend_timeout(STATUS_INTERVAL + GRACE)
+        self._notifier.status(self.monitor.line())
+        self.reactor.call_later(STATUS_INTERVAL, self._tell_systemd)
+
+    def _feed_watchdog(self) -> None:
+        """Tell systemd that the loop turns. Nobody else may: a stuck one is to be restarted."""
+        assert self._watchdog is not None
+        self._notifier.watchdog()
+        self.reactor.call_later(self._watchdog / 3, self._feed_watchdog)
+
+    def _go_on_with(self, reloaded: Reloaded) -> None:
+        before, config = self._config, reloaded.config
+        self._config = config
+        logger.info("reloaded; changed: %s", ", ".join(reloaded.changed) or "nothing")
+        if reloaded.needs_restart:
+            logger.warning("needs a restart to change: %s", ", ".join(reloaded.needs_restart))
+        if (config.log_format, config.log_levels) != (before.log_format, before.log_levels):
+            logs.configure(config.log_format, config.log_levels)
+        self.server.change_settings(self._settings())
+        if (config.allow_peers, config.deny_peers) != (before.allow_peers, before.deny_peers):
+            self.forwarder.change_peer_policy(self._peer_policy())
+
     def _on_mail(self, event: PortalEvent) -> None:
         match event:
             case PortalReady():
+                self.monitor.portal_joined()
                 self._begin()
             case PortalLost(detail):
+                self.monitor.portal_connected = False
                 logger.warning("%s%s", detail, "; relaying meanwhile" if self._serving else "")
             case PortalRefused(detail):
                 self._fail(os.EX_NOPERM, detail)
@@ -196,6 +263,7 @@ class Daemon:
         if self._serving:
             return
         self._serving = True
+        self.monitor.not_ready = None
         for listener in self._listeners.values():
             self.reactor.reassign(
                 listener, partial(listener.receive, self.forwarder.on_client_datagram)
@@ -207,10 +275,12 @@ class Daemon:
             self._config.lowest_port,
             self._config.highest_port,
         )
+        self._notifier.ready()
+        self._notifier.status(self.monitor.line())
 
     def _not_yet(self, _size: int, _client: object) -> None:
         """Drop a datagram: the portal has not said that we may serve."""
-        self.counters.dropped["not_serving"] += 1
+        self.counters.dropped[Drop.NOT_SERVING.value] += 1
 
     def _portal_client(self, token: str) -> PortalClient:
         config = self._config
@@ -227,27 +297,85 @@ class Daemon:
             # The portal looks for a word that begins with relay/.
             user_agent=f"{platform.system()}/{platform.release()} relay/{__version__}",
             post=self.mailbox.post,
-            on_start=partial(sandbox.name_thread, "portal"),
+            on_start=partial(self._name_thread, "portal"),
         )
+
+    def _name_thread(self, name: str) -> None:
+        """Name the calling thread, which has just been started."""
+        sandbox.name_thread(name)
+        self._named[name].set()
+
+    def _health_server(self) -> HealthServer | None:
+        address = self._config.http_addr
+        if address is None:
+            return None
+        try:
+            return HealthServer(
+                *address,
+                self.monitor.status,
+                version=__version__,
+                on_start=partial(self._name_thread, "health"),
+                drop_reasons=[*(reason.value for reason in Drop), *USUAL_LOSSES],
+                auth_failure_reasons=[reason.value for reason in AuthFailure],
+            )
+        except OSError as error:
+            in_use = error.errno == errno.EADDRINUSE
+            problem = f"cannot serve HTTP on {format_endpoint(*address)}: {error.strerror}"
+            if self._config.http_addr_given:
+                raise DaemonError(os.EX_CANTCREAT if in_use else os.EX_OSERR, problem) from error
+            logger.warning("%s; there is no health check and no metrics", problem)
+            return None
+
+    def _settings(self) -> Settings:
+        config = self._config
+        spare = SPARE_DESCRIPTORS + (HTTP_DESCRIPTORS if config.http_addr is not None else 0)
+        return Settings(
+            public_hosts=config.public_hosts,
+            ports=config.ports,
+            listen_port=config.listen_port,
+            max_allocations=config.max_allocations or len(config.ports),
+            max_sockets=self._descriptors - spare,
+            max_channels=MAX_CHANNELS,
+            channel_numbers=config.channel_numbers,
+            one_allocation_per_username=config.allows_takeover,
+            max_allocations_per_username=config.max_allocations_per_username,
+            max_allocations_per_ip=config.max_allocations_per_ip,
+            unauthenticated_rate_per_prefix=config.unauthenticated_rate_per_prefix,
+            unauthenticated_rate=config.unauthenticated_rate,
+            software=config.software,
+        )
+
+    def _peer_policy(self) -> PeerPolicy:
+        config = self._config
+        own_hosts = {*config.public_hosts.values(), *config.bind_hosts.values(), *local_addresses()}
+        own = {(host, config.listen_port) for host in own_hosts}
+        if config.http_addr is not None:
+            host, port = config.http_addr
+            own |= {(host, port)} if host not in WILDCARDS else {(own, port) for own in own_hosts}
+        return PeerPolicy(config.allow_peers, config.deny_peers, own=own, own_hosts=own_hosts)
 
     def _on_signal(self, number: int) -> None:
         logger.info("caught %s", signal.Signals(number).name)
-        self.stop()
+        match number:
+            case signal.SIGHUP:
+                self.reload()
+            case signal.SIGUSR1:
+                logger.info("summary: %s", self.monitor.summary())
+            case _:
+                self.stop()
 
     def _on_bug(self, error: Exception) -> None:
         self.counters.bugs += 1
         log_bug(error)
 
-    def _listen(self, host: str) -> ListeningSocket:
-        port = self._config.listen_port
+    def _listen(self) -> dict[Family, ListeningSocket]:
         try:
-            return listen(host, port, memoryview(self._buffer), self.counters.lost)
+            return open_listeners(self._config, memoryview(self._buffer), self.counters.lost)
         except OSError as error:
-            where = format_endpoint(host, port)
             in_use = error.errno == errno.EADDRINUSE
             raise DaemonError(
                 os.EX_CANTCREAT if in_use else os.EX_OSERR,
-                f"cannot listen on {where} (UDP): {error.strerror}",
+                f"cannot listen on {error.filename} (UDP): {error.strerror}",
             ) from error
 
     def _is_relay_host(self, host: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from relay.logs import FORMATS, parse_levels
 from relay.portal.endpoint import endpoint
-from relay.stun.address import unpack_host
+from relay.stun.address import Address, unpack_host
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
 
 DEFAULT_FILE: Final = "/etc/firezone/relay.conf"
@@ -28,10 +28,11 @@ class Option:
     parse: Callable[[str], Any]
     help: str
     group: str
+    field: str  # of Config, where its value is stored
     default: str | None = None  # None: unset
     metavar: str | None = None  # None: a switch, with a --no- form
-    field: str | None = None  # of Config, if it is simply stored there
     repeatable: bool = False
+    reloads: bool = False  # SIGHUP changes it in the running relay
 
     @property
     def dest(self) -> str:
@@ -110,11 +111,6 @@ def _choice(**choices: object) -> Callable[[str], Any]:
     return read
 
 
-def _log_levels(text: str) -> str:
-    parse_levels(text)
-    return text
-
-
 def _software(text: str) -> str:
     if not 0 < len(text.encode()) <= 763 or text != text.strip():
         raise ValueError("empty, or longer than 763 bytes, or with blanks at its ends")
@@ -156,6 +152,16 @@ def read_token_file(path: str) -> str:
         raise ValueError("holds characters that no token has") from None
 
 
+def _http_address(text: str) -> Address | None:
+    if text == "off":
+        return None
+    host, colon, port = text.rpartition(":")
+    is_ipv6 = host.startswith("[") and host.endswith("]")
+    if not colon or (":" in host and not is_ipv6):
+        raise ValueError("neither ADDRESS:PORT, [IPV6]:PORT nor off")
+    return (_ipv6(host[1:-1]) if is_ipv6 else _ipv4(host)), _port(port)
+
+
 def _api_url(text: str) -> str:
     endpoint(text, {})
     return text
@@ -169,11 +175,14 @@ def _name(text: str) -> str:
 
 _port = _number(1, 65535, "a port from 1 to 65535")
 
-ADDRESSES: Final = "addresses and ports"
-PORTAL: Final = "portal"
-CREDENTIALS: Final = "credentials"
-PEERS: Final = "who may be reached, and how many may ask"
-OPERATION: Final = "operation"
+ADDRESSES: Final = "Say where clients and peers reach it"
+PORTAL: Final = "Join Firezone's portal"
+CREDENTIALS: Final = "Make credentials"
+PEERS: Final = "Decide which peers may be reached"
+LIMITS: Final = "Limit what clients and strangers may take"
+WATCHING: Final = "See how it is doing"
+RUNNING: Final = "Confine it, and stop it"
+SPECIAL: Final = "Serve older clients, and test"
 
 OPTIONS: Final = (
     Option(
@@ -278,7 +287,7 @@ OPTIONS: Final = (
         "relay-secret-file",
         "RELAY_SECRET_FILE",
         _secret_file,
-        "file with a fixed secret, so that credentials outlive a restart "
+        "file with the secret that credentials are made from, so that they outlive a restart "
         "(default: a new secret at every start)",
         CREDENTIALS,
         metavar="FILE",
@@ -288,93 +297,170 @@ OPTIONS: Final = (
         "allow-peer",
         "ALLOW_PEER",
         _cidrs,
-        "let clients reach peers in this prefix, though it is not public; repeatable",
+        "let clients reach peers in this prefix, though it is not public; repeatable, or a list "
+        "with commas",
         PEERS,
         metavar="CIDR",
         field="allow_peers",
         repeatable=True,
+        reloads=True,
     ),
     Option(
         "deny-peer",
         "DENY_PEER",
         _cidrs,
-        "do not let clients reach peers in this prefix; the longest prefix wins; repeatable",
+        "do not let clients reach peers in this prefix; repeatable, or a list with commas; of "
+        "several prefixes the longest wins",
         PEERS,
         metavar="CIDR",
         field="deny_peers",
         repeatable=True,
+        reloads=True,
     ),
     Option(
         "one-allocation-per-username",
         "ONE_ALLOCATION_PER_USERNAME",
         _switch,
-        "an Allocate ends what the same username holds on another socket "
-        "(default: on with a portal, else off)",
-        PEERS,
+        "a client that comes back from another address takes over: what its username had "
+        "allocated there ends (default: on with a portal, else off)",
+        LIMITS,
         field="one_allocation_per_username",
+        reloads=True,
     ),
     Option(
         "max-allocations",
         "MAX_ALLOCATIONS",
         _number(1, None, "a number from 1 up"),
         "most allocations at a time (default: what ports and descriptors allow)",
-        PEERS,
+        LIMITS,
         metavar="NUMBER",
         field="max_allocations",
+        reloads=True,
     ),
     Option(
-        "channel-range",
-        "CHANNEL_RANGE",
-        _choice(rfc8656=RFC8656_NUMBERS, rfc5766=RFC5766_NUMBERS),
-        "channel numbers: rfc8656 (0x4000-0x4FFF), or rfc5766 (0x4000-0x7FFF) for older clients",
-        OPERATION,
-        default="rfc8656",
-        metavar="RFC",
-        field="channel_numbers",
+        "max-allocations-per-username",
+        "MAX_ALLOCATIONS_PER_USERNAME",
+        _number(1, None, "a number from 1 up"),
+        "most allocations of one username at a time (default: no limit)",
+        LIMITS,
+        metavar="NUMBER",
+        field="max_allocations_per_username",
+        reloads=True,
+    ),
+    Option(
+        "max-allocations-per-ip",
+        "MAX_ALLOCATIONS_PER_IP",
+        _number(1, None, "a number from 1 up"),
+        "most allocations of clients at one address, of IPv6 in one /64, at a time; everyone "
+        "behind one NAT has one address (default: no limit)",
+        LIMITS,
+        metavar="NUMBER",
+        field="max_allocations_per_ip",
+        reloads=True,
+    ),
+    Option(
+        "unauthenticated-rate",
+        "UNAUTHENTICATED_RATE",
+        _number(0, 10**9, "a number of answers per second"),
+        "most answers per second to requests that prove no credential; what comes beyond that, "
+        "and beyond a burst, is met with silence; 0 is no limit",
+        LIMITS,
+        default="10000",
+        metavar="RATE",
+        field="unauthenticated_rate",
+        reloads=True,
+    ),
+    Option(
+        "unauthenticated-rate-per-prefix",
+        "UNAUTHENTICATED_RATE_PER_PREFIX",
+        _number(0, 10**9, "a number of answers per second"),
+        "the same for each /24 of IPv4 and /56 of IPv6",
+        LIMITS,
+        default="1000",
+        metavar="RATE",
+        field="unauthenticated_rate_per_prefix",
+        reloads=True,
     ),
     Option(
         "log-format",
         "LOG_FORMAT",
         _choice(**{name: name for name in FORMATS}),
         "human or json",
-        OPERATION,
+        WATCHING,
         default="human",
         metavar="FORMAT",
+        field="log_format",
+        reloads=True,
     ),
     Option(
         "log-level",
         "LOG_LEVEL",
-        _log_levels,
+        parse_levels,
         "debug, info, warning or error; per logger: info,relay.turn=debug",
-        OPERATION,
+        WATCHING,
         default="info",
         metavar="LEVELS",
+        field="log_levels",
+        reloads=True,
+    ),
+    Option(
+        "http-addr",
+        "HEALTH_CHECK_ADDR",
+        _http_address,
+        "where to serve /healthz, /readyz and /metrics over HTTP: ADDRESS:PORT, [IPV6]:PORT or off",
+        WATCHING,
+        default="127.0.0.1:8080",
+        metavar="ADDR",
+        field="http_addr",
+    ),
+    Option(
+        "harden",
+        "HARDEN",
+        _choice(**{mode: mode for mode in ("auto", "require", "off")}),
+        "give up all privileges at start: auto gives up what it can, require ends if anything is "
+        "left, off keeps them",
+        RUNNING,
+        default="auto",
+        metavar="MODE",
+        field="harden",
     ),
     Option(
         "drain-timeout",
         "DRAIN_TIMEOUT",
         _number(0, 86400, "a number of seconds, at most 86400"),
         "how long to go on relaying after SIGTERM",
-        OPERATION,
+        RUNNING,
         default="30",
         metavar="SECONDS",
         field="drain_timeout",
+        reloads=True,
+    ),
+    Option(
+        "channel-range",
+        "CHANNEL_RANGE",
+        _choice(rfc8656=RFC8656_NUMBERS, rfc5766=RFC5766_NUMBERS),
+        "channel numbers: rfc8656 (0x4000-0x4FFF), or rfc5766 (0x4000-0x7FFF) for older clients",
+        SPECIAL,
+        default="rfc8656",
+        metavar="RFC",
+        field="channel_numbers",
     ),
     Option(
         "software",
         "SOFTWARE",
         _software,
         "text of a SOFTWARE attribute in every answer",
-        OPERATION,
+        SPECIAL,
         metavar="TEXT",
         field="software",
+        reloads=True,
     ),
     Option(
         "rng-seed",
         "RNG_SEED",
         _number(0, None, "a number"),
         "make everything random predictable, for tests",
-        OPERATION,
+        SPECIAL,
         metavar="NUMBER",
         field="rng_seed",
     ),

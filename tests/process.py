@@ -1,5 +1,6 @@
 """The relay as a process of its own, on loopback: what an operator starts and signals."""
 
+import fcntl
 import os
 import random
 import signal
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import IO, Self
 SECRET = "4c98bf59c99b3e467ecd7cf9d6b3e5279645fca59be67bc5bb4af3cf653761ab"
 TIMEOUT = 30  # seconds; only a failing test waits for so long
 CHECKOUT = Path(__file__).parent.parent
+NO_HTTP = "--http-addr=off"  # its default port is one for the whole machine
 LOOPBACK = (
     "--public-ip4-addr=127.0.0.1",
     "--public-ip6-addr=::1",
@@ -47,6 +49,8 @@ class RelayProcess:
     ``port`` is the listening port, ``username`` and ``password`` the credential that it
     printed. With a *portal* it prints none, and entering waits for nothing:
     ``logs()`` does. *prefix* may hold a command that runs it elsewhere, such as ``ip netns exec``.
+    *program* is run instead of the command, by ``python -c`` with the same arguments.
+    *descriptors* are handed over as systemd does: from number 3 on, to this process.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class RelayProcess:
         loopback: bool = True,
         variables: Mapping[str, str] | None = None,
         portal: bool = False,
+        program: str | None = None,
+        descriptors: tuple[int, ...] = (),
     ) -> None:
         self.port = port
         self._portal = portal
@@ -66,13 +72,16 @@ class RelayProcess:
         self._log_grows = threading.Condition()
         self._log_ended = False
         self._log_reader = threading.Thread(target=self._read_log)
+        # Numbers that do not get into each other's way when the shell moves them.
+        self._descriptors = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in descriptors]
         self._command = [
             *prefix,
+            *_hand_over(self._descriptors),
             sys.executable,
-            "-m",
-            "relay",
+            *(("-m", "relay") if program is None else ("-c", program)),
             f"--config={os.devnull}",  # not what this machine may have
             f"--listen-port={port}",
+            NO_HTTP,
             *(LOOPBACK if loopback else ()),
             *arguments,
         ]
@@ -82,10 +91,14 @@ class RelayProcess:
         self.process = subprocess.Popen(
             self._command,
             env=self._environment,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            pass_fds=self._descriptors,
         )
+        for descriptor in self._descriptors:
+            os.close(descriptor)
         self._log_reader.start()
         if self._portal:
             return self
@@ -129,7 +142,18 @@ class RelayProcess:
         finally:
             self._log_reader.join()
             _pipe(self.process.stdout).close()
+            _pipe(self.process.stdin).close()
         return self.process.returncode
+
+    def writes(self, text: str) -> None:
+        """Write to its standard input."""
+        pipe = _pipe(self.process.stdin)
+        pipe.write(text)
+        pipe.flush()
+
+    def signals(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
 
     def logs(self, text: str) -> str:
         """Wait for a line of the log that holds *text*, and return it."""
@@ -156,6 +180,14 @@ class RelayProcess:
         with self._log_grows:
             self._log_ended = True
             self._log_grows.notify_all()
+
+
+def _hand_over(descriptors: Sequence[int]) -> tuple[str, ...]:
+    """Return a command that runs another with *descriptors* as systemd passes them."""
+    if not descriptors:
+        return ()
+    moves = " ".join(f"{number}<&{fd} {fd}<&-" for number, fd in enumerate(descriptors, 3))
+    return ("bash", "-c", f'exec {moves}; LISTEN_PID=$$ exec "$@"', "bash")
 
 
 def free_port() -> int:

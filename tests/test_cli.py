@@ -52,12 +52,18 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     ),
     "one-allocation-per-username": (("true", True), ("false", False)),
     "max-allocations": (("1", 1), ("100000", 100000)),
+    "max-allocations-per-username": (("1", 1), ("3", 3)),
+    "max-allocations-per-ip": (("1", 1), ("1000", 1000)),
+    "unauthenticated-rate": (("0", 0), ("5000", 5000)),
+    "unauthenticated-rate-per-prefix": (("0", 0), ("50", 50)),
     "channel-range": (("rfc5766", RFC5766_NUMBERS), ("rfc8656", RFC8656_NUMBERS)),
     "log-format": (("json", "json"), ("human", "human")),
     "log-level": (
         ("debug", {"": 10}),
         ("error,relay.turn=debug", {"": 40, "relay.turn": 10}),
     ),
+    "http-addr": (("[::1]:9090", ("::1", 9090)), ("off", None)),
+    "harden": (("require", "require"), ("off", "off")),
     "drain-timeout": (("0", 0), ("86400", 86400)),
     "software": (("relay", "relay"), ("Größe: 1/2", "Größe: 1/2")),
     "rng-seed": (("0", 0), ("7", 7)),
@@ -80,9 +86,15 @@ BAD: Final = {
     "deny-peer": "example.com",
     "one-allocation-per-username": "maybe",
     "max-allocations": "0",
+    "max-allocations-per-username": "none",
+    "max-allocations-per-ip": "0",
+    "unauthenticated-rate": "-1",
+    "unauthenticated-rate-per-prefix": "1.5",
     "channel-range": "rfc3489",
     "log-format": "xml",
     "log-level": "loud",
+    "http-addr": "::1:8080",
+    "harden": "maybe",
     "drain-timeout": "1.5",
     "software": "a\x07b",
     "rng-seed": "dice",
@@ -133,13 +145,18 @@ def test_what_is_not_given_has_its_default() -> None:
     assert (config.listen_port, config.lowest_port, config.highest_port) == (3478, 49152, 65535)
     assert config.relay_secret is None
     assert (config.allow_peers, config.deny_peers) == ((), ())
-    assert config.one_allocation_per_username is False
+    assert config.allows_takeover is False
     assert config.max_allocations is None
+    assert config.max_allocations_per_username is None
+    assert config.max_allocations_per_ip is None
+    assert (config.unauthenticated_rate, config.unauthenticated_rate_per_prefix) == (10_000, 1000)
+    assert (config.http_addr, config.http_addr_given) == (("127.0.0.1", 8080), False)
+    assert config.harden == "auto"
     assert config.channel_numbers == range(0x4000, 0x5000)
     assert config.drain_timeout == 30
     assert config.software is None
     assert config.rng_seed is None
-    assert (command.log_format, command.log_levels) == ("human", {"": 20})
+    assert (config.log_format, config.log_levels) == ("human", {"": 20})
     assert (command.check_config, command.print_config, command.mint) == (False, False, None)
 
 
@@ -553,7 +570,6 @@ def test_the_printed_configuration_is_a_file_that_means_the_same(
         Path("relay.conf").write_text(printed.out)
         reread = read(["-c", "relay.conf"], {})
         assert reread.config == expected.config
-        assert (reread.log_format, reread.log_levels) == (expected.log_format, expected.log_levels)
 
 
 TEXTS = [
@@ -579,7 +595,6 @@ def test_a_text_is_printed_as_it_would_be_read_or_refused(cli: "Cli", flag: str)
         Path("relay.conf").write_text(printed.out)
         reread, expected = read(["-c", "relay.conf"], {}), read(["-c", os.devnull, flag], variables)
         assert reread.config == expected.config
-        assert reread.log_levels == expected.log_levels
 
 
 def test_the_printed_configuration_lists_what_is_repeated(cli: "Cli") -> None:
@@ -980,9 +995,7 @@ def address(option: Option) -> dict[str, str]:
 
 def stored(command: Command, option: Option) -> object:
     """Return what became of an option."""
-    if option.field is not None:
-        return getattr(command.config, option.field)
-    return {"log-format": command.log_format, "log-level": command.log_levels}[option.name]
+    return getattr(command.config, option.field)
 
 
 def password_of(username: str, secret: str) -> str:

@@ -32,6 +32,12 @@ _IP_MTU_DISCOVER: Final = 10
 _IPV6_MTU_DISCOVER: Final = 23
 _PMTUDISC_OMIT: Final = 5
 
+# How the kernel usually refuses a datagram. Others can come, under their own names.
+USUAL_LOSSES: Final = tuple(
+    f"send_{name}"
+    for name in ("eagain", "einval", "emsgsize", "enetunreach", "ehostunreach", "enobufs", "eperm")
+)
+
 SocketAddress = tuple[Any, ...]
 """What the kernel reports: (host, port), for IPv6 with flow label and scope."""
 
@@ -49,17 +55,22 @@ def bind_udp(host: str, port: int, buffer_size: int) -> socket.socket:
     try:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_OMIT)
-        else:
-            # DF stays clear, as RFC 8656 §14 wants without DONT-FRAGMENT, and no forged
-            # "fragmentation needed" can shrink what is sent.
-            sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_OMIT)
-        _set_buffers(sock, buffer_size)
+        _prepare(sock, buffer_size)
         sock.bind((host, port))
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _prepare(sock: socket.socket, buffer_size: int) -> None:
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_OMIT)
+    else:
+        # DF stays clear, as RFC 8656 §14 wants without DONT-FRAGMENT, and no forged
+        # "fragmentation needed" can shrink what is sent.
+        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_OMIT)
+    _set_buffers(sock, buffer_size)
 
 
 def _set_buffers(sock: socket.socket, size: int) -> None:
@@ -141,8 +152,25 @@ class RelayPorts:
 
 def listen(host: str, port: int, buffer: memoryview, lost: Lost) -> "ListeningSocket":
     """Bind a socket for clients that reads into *buffer*. Raises OSError."""
-    sock = bind_udp(host, port, LISTEN_BUFFER)
-    kind = WildcardSocket if host in WILDCARDS else ListeningSocket
+    return _listening(bind_udp(host, port, LISTEN_BUFFER), buffer, lost)
+
+
+def adopt(sock: socket.socket, buffer: memoryview, lost: Lost) -> "ListeningSocket":
+    """Serve clients on a UDP socket that is bound already. Raises OSError.
+
+    One for IPv6 must be for nothing else (IPV6_V6ONLY): ValueError says that it is not.
+    """
+    if sock.family == socket.AF_INET6 and not sock.getsockopt(
+        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
+    ):
+        raise ValueError("an IPv6 socket that takes IPv4 too (BindIPv6Only=ipv6-only is missing)")
+    sock.setblocking(False)
+    _prepare(sock, LISTEN_BUFFER)
+    return _listening(sock, buffer, lost)
+
+
+def _listening(sock: socket.socket, buffer: memoryview, lost: Lost) -> "ListeningSocket":
+    kind = WildcardSocket if sock.getsockname()[0] in WILDCARDS else ListeningSocket
     return kind(sock, buffer, lost)
 
 

@@ -84,6 +84,7 @@ class PortFailure(Enum):
 class Drop(Enum):
     """Why a datagram was not served. The value is the name under which it is counted."""
 
+    NOT_SERVING = "not_serving"  # the portal has not said that we may
     NO_SOURCE_PORT = "source_port_zero"
     UNKNOWN_PROTOCOL = "unknown_protocol"  # the first byte is neither STUN nor ChannelData
     OVERSIZED_STUN = "oversized_stun"

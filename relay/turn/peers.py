@@ -12,7 +12,7 @@ from typing import Final
 from relay.stun.address import Address, format_endpoint
 
 # The special-purpose registries of IANA, with multicast and the deprecated site-local.
-_NOT_PUBLIC: Final = {
+NOT_PUBLIC: Final = {
     "0.0.0.0/8": "this network",
     "10.0.0.0/8": "private",
     "100.64.0.0/10": "shared address space",
@@ -106,7 +106,7 @@ class PeerPolicy:
                 by_flag=False,
                 text=f"{cidr} is {kind}; --allow-peer {cidr} would allow it",
             )
-            for cidr, kind in _NOT_PUBLIC.items()
+            for cidr, kind in NOT_PUBLIC.items()
         ]
         rules += [
             _rule(cidr, allows=True, by_flag=True, text=f"--allow-peer {cidr}") for cidr in allow

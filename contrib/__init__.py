@@ -1,0 +1,1 @@
+"""What goes beside the relay on a machine: units, a manual page, completion, rules for others."""

@@ -1,0 +1,49 @@
+# Completion of firezone-relay for bash. Written by "python -m contrib.generate" from bash.in.
+#
+# For this shell:  source contrib/completion/firezone-relay.bash
+# For everyone, with the package bash-completion:
+#   install -D -m 0644 contrib/completion/firezone-relay.bash \
+#       /usr/local/share/bash-completion/completions/firezone-relay
+
+_firezone_relay() {
+    local at=$((COMP_CWORD - 1)) word=${COMP_WORDS[COMP_CWORD]} before= words=
+    COMPREPLY=()
+    # In COMP_WORDS "=" is a word of its own. Wanted is the flag before it, of --flag=value and of
+    # --log-level info,relay.turn=debug alike.
+    if [[ $word == "=" ]]; then
+        at=$COMP_CWORD word=
+    fi
+    while ((at > 0)) && [[ ${COMP_WORDS[at]} == "=" ]]; do
+        ((at -= 1))
+        [[ ${COMP_WORDS[at]} == -* ]] || ((at -= 1))
+    done
+    if [[ $word == *,* ]]; then
+        before=${word%,*}, word=${word##*,}
+    fi
+    case ${COMP_WORDS[at]} in
+        --token-file | --relay-secret-file | -c | --config)
+            compopt -o default # the names of files
+            return
+            ;;
+        --log-format) words='human json' ;;
+        --log-level) words='debug info warning error' ;;
+        --harden) words='auto require off' ;;
+        --channel-range) words='rfc8656 rfc5766' ;;
+        --one-allocation-per-username | --no-one-allocation-per-username | \
+        --check-config | \
+        --print-config | \
+        --version | \
+        -h | --help | [!-]*)
+            words='--public-ip4-addr --public-ip6-addr --bind-ip4-addr --bind-ip6-addr --listen-port
+            --lowest-port --highest-port --token-file --api-url --name --relay-secret-file
+            --mint --allow-peer --deny-peer --one-allocation-per-username
+            --no-one-allocation-per-username --max-allocations --max-allocations-per-username
+            --max-allocations-per-ip --unauthenticated-rate --unauthenticated-rate-per-prefix
+            --log-format --log-level --http-addr --harden --drain-timeout --channel-range
+            --software --rng-seed -c --config --check-config --print-config --version -h --help'
+            ;;
+    esac
+    mapfile -t COMPREPLY < <(compgen -P "$before" -W "$words" -- "$word")
+}
+
+complete -F _firezone_relay firezone-relay relay.py

@@ -1,0 +1,105 @@
+"""What the relay says of itself: to probes and Prometheus, to systemd, and to the log."""
+
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from relay.exposition import Status
+from relay.metrics import Counters
+from relay.net.reactor import Reactor
+from relay.turn.server import Server
+
+LAG_WINDOW: Final = 15.0  # seconds for which a long turn of the loop is remembered, at least
+
+
+class Monitor:
+    """Puts together what others count. :meth:`status` may be called from any thread."""
+
+    def __init__(self, server: Server, counters: Counters, reactor: Reactor) -> None:
+        """Watch these from here on."""
+        self.not_ready: str | None = "starting"
+        self.portal_connected: bool | None = None  # None: there is no portal
+        self.portal_reconnects = 0
+        self._server = server
+        self._counters = counters
+        self._reactor = reactor
+        self._started = time.monotonic()
+        self._lag_before, self._window_began = 0.0, self._started
+        self._last_line = (self._started, 0)  # when, and how many bytes were relayed until then
+
+    def portal_joined(self) -> None:
+        """Note that the portal has said init."""
+        if self.portal_connected is False and self.not_ready is None:
+            self.portal_reconnects += 1
+        self.portal_connected = True
+
+    def status(self) -> Status:
+        """Return what the relay is at this moment."""
+        awake_since = self._reactor.awake_since
+        return Status(
+            not_ready=self.not_ready,
+            stuck_for=0.0 if awake_since is None else time.monotonic() - awake_since,
+            loop_lag=self._loop_lag(),
+            allocations=self._server.allocations,
+            channels=self._server.channels,
+            portal_connected=self.portal_connected,
+            portal_reconnects=self.portal_reconnects,
+            responses=self._server.responses.copy(),
+            auth_failures=self._auth_failures(),
+            counters=self._counters,
+        )
+
+    def line(self) -> str:
+        """Say in one line how it goes, with the traffic since the line before."""
+        now, relayed = time.monotonic(), self._bytes_to_peers() + self._bytes_to_clients()
+        then, relayed_then = self._last_line
+        self._last_line = (now, relayed)
+        megabits = (relayed - relayed_then) * 8 / 1e6 / max(now - then, 1e-3)
+        parts = [
+            self.not_ready or "relaying",
+            f"{self._server.allocations} allocations",
+            f"{self._server.channels} channels",
+            f"{megabits:.1f} Mbit/s",
+        ]
+        if self.portal_connected is not None:
+            parts.append("portal connected" if self.portal_connected else "portal away")
+        return ", ".join(parts)
+
+    def summary(self) -> str:
+        """Say everything there is to say."""
+        parts = [f"{self.line()}, up for {time.monotonic() - self._started:.0f} s"]
+        for name, sizes, relayed in (
+            ("client to peer", self._counters.to_peer, self._bytes_to_peers()),
+            ("peer to client", self._counters.to_client, self._bytes_to_clients()),
+        ):
+            parts.append(f"{name}: {sum(sizes.values())} datagrams, {relayed} bytes")
+        responses = {" ".join(key): count for key, count in self._server.responses.items()}
+        parts.append(f"responses: {_listed(responses)}")
+        parts.append(f"authentication failures: {_listed(self._auth_failures())}")
+        parts.append(f"datagrams dropped: {_listed(self._counters.dropped)}")
+        if self.portal_connected is not None:
+            parts.append(f"reconnects to the portal: {self.portal_reconnects}")
+        parts.append(f"bugs: {self._counters.bugs}")
+        return "; ".join(parts)
+
+    def _auth_failures(self) -> dict[str, int]:
+        return {why.value: count for why, count in self._server.auth_failures.copy().items()}
+
+    def _bytes_to_peers(self) -> int:
+        return sum(size * count for size, count in self._counters.to_peer.items())
+
+    def _bytes_to_clients(self) -> int:
+        return sum(size * count for size, count in self._counters.to_client.items())
+
+    def _loop_lag(self) -> float:
+        """Return the longest turn of this window and the one before, in seconds."""
+        now, longest = time.monotonic(), self._reactor.longest_turn
+        lag = max(self._lag_before, longest)
+        if now - self._window_began >= LAG_WINDOW:
+            self._lag_before, self._window_began = longest, now
+            self._reactor.longest_turn = 0.0
+        return lag
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "none"

@@ -1,0 +1,601 @@
+"""The real process as its operator sees it: systemd, probes, signals, reloads."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from relay.turn.auth import mint
+from tests.fakeportal import FakePortal
+from tests.process import RelayProcess, environment, free_port
+from tests.turnclient import TIMEOUT, TurnClient, TurnError
+
+TOKEN = "a-token-that-nobody-may-see"
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator["Manager"]:
+    with Manager(tmp_path / "notify") as manager:
+        yield manager
+
+
+# --- Privileges ------------------------------------------------------------------------------
+
+
+def test_no_thread_keeps_any_privilege() -> None:
+    with FakePortal() as portal:
+        portal.serves()
+        http = free_tcp_port()
+        with relay_of(portal, f"--http-addr=127.0.0.1:{http}") as relay:
+            line = relay.logs("sandboxed: ")
+            relay.logs("relaying: listening on")
+            threads = [
+                dict(row.split(":\t", 1) for row in path.read_text().splitlines())
+                for path in Path(f"/proc/{relay.pid}/task").glob("*/status")
+            ]
+    assert {thread["Name"] for thread in threads} == {"firezone-relay", "health", "portal"}
+    assert "firezone-relay, health, portal" in line
+    for thread in threads:
+        sets = {thread[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")}
+        assert sets == {"0" * 16}
+        assert thread["NoNewPrivs"] == "1"
+        if os.geteuid() == 0:
+            assert thread["CapBnd"] == "0" * 16
+
+
+def test_with_hardening_off_it_says_so() -> None:
+    with RelayProcess("--harden=off", port=free_port()) as relay:
+        relay.logs("not sandboxed")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has anything to lose")
+def test_root_that_cannot_drop_its_privileges_does_not_serve(tmp_path: Path) -> None:
+    """Unless it is told to."""
+    (tmp_path / "prctl.py").write_text("raise OSError('built for another libc')\n")
+    path = f"{tmp_path}:{environment()['PYTHONPATH']}"
+    with RelayProcess(port=free_port(), portal=True, variables={"PYTHONPATH": path}) as relay:
+        assert relay.wait() == 71
+    assert "built for another libc" in relay.errors()
+    assert "--harden off" in relay.errors()
+    with RelayProcess("--harden=off", port=free_port(), variables={"PYTHONPATH": path}):
+        pass
+
+
+# --- systemd ---------------------------------------------------------------------------------
+
+
+def test_systemd_hears_that_it_is_ready_and_how_it_goes(manager: "Manager") -> None:
+    with RelayProcess(port=free_port(), variables=manager.variables) as relay:
+        manager.hears("READY=1")
+        assert manager.hears("STATUS=relaying") == (
+            "STATUS=relaying, 0 allocations, 0 channels, 0.0 Mbit/s"
+        )
+        relay.signals(signal.SIGTERM)
+        manager.hears("STOPPING=1")
+        assert relay.wait() == 0
+
+
+def test_with_a_portal_it_is_ready_after_init_and_not_before(manager: "Manager") -> None:
+    with FakePortal() as portal:
+        portal.serves(init=False)
+        with relay_of(portal, variables=manager.variables) as relay:
+            relay.logs("joined the portal")
+            manager.hears("STATUS=waiting for the portal")
+            relay.signals(signal.SIGHUP)  # ends in no READY either
+            relay.logs("reloaded")
+            assert not any("READY" in message for message in manager.heard)
+            portal.says_init()
+            manager.hears("READY=1")
+            assert "EXTEND_TIMEOUT_USEC=40000000" in manager.heard
+
+
+def test_systemd_hears_of_a_reload(manager: "Manager", tmp_path: Path) -> None:
+    with Configured(tmp_path, "", variables=manager.variables) as relay:
+        manager.hears("READY=1")
+        manager.heard.clear()
+        relay.process.signals(signal.SIGHUP)
+        manager.hears("RELOADING=1\nMONOTONIC_USEC=")
+        manager.hears("READY=1")
+
+
+def test_draining_is_announced_before_it_begins(manager: "Manager") -> None:
+    arguments = ("--drain-timeout=1000",)
+    with (
+        RelayProcess(*arguments, port=free_port(), variables=manager.variables) as relay,
+        client_of(relay) as alice,
+    ):
+        alice.allocates()
+        relay.signals(signal.SIGTERM)
+        manager.hears("STOPPING=1")
+        manager.hears("EXTEND_TIMEOUT_USEC=1030000000")
+
+
+def test_the_watchdog_is_fed_by_the_loop_and_by_nobody_else(manager: "Manager") -> None:
+    """A loop that is stuck starves it, and its health check fails."""
+    variables = {**manager.variables, "WATCHDOG_USEC": "1500000"}
+    with Stuck(variables) as relay:
+        manager.hears("WATCHDOG=1")
+        assert ask(relay.http, "/healthz") == (200, b"ok\n")
+        relay.blocks()
+        while ask(relay.http, "/healthz")[0] == 200:
+            pass
+        manager.heard_all()
+        manager.heard.clear()
+        # What says that time passes here is the relay itself: for how long it has been stuck.
+        while stuck_for(relay.http) < 4:
+            pass
+
+        assert manager.heard_all() == []
+        status, answer = ask(relay.http, "/readyz")
+        assert status == 503
+        assert "busy with one turn" in json.loads(answer)["reason"]
+
+        relay.goes_on()
+        manager.hears("WATCHDOG=1")
+        assert ask(relay.http, "/healthz")[0] == 200
+
+
+def test_sockets_from_systemd_stay_open_from_one_relay_to_the_next() -> None:
+    """What a client sends while there is no relay is answered by the next one."""
+    port = free_port()
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(bound(family, port)) for family in FAMILIES]
+        with TurnClient(("127.0.0.1", port), "", "") as alice, handed_over(port, *sockets) as first:
+            first.logs("relaying: listening on 0.0.0.0:")
+            assert alice.maps() == alice.address
+            first.signals(signal.SIGTERM)
+            assert first.wait() == 0
+            alice.socket.send(BINDING)
+            with handed_over(port, *sockets):
+                assert alice.socket.recv(100)[8:20] == BINDING[8:20]
+        with TurnClient(("::1", port), "", "") as bob, handed_over(port, *sockets):
+            assert bob.maps() == bob.address
+
+
+def test_a_socket_for_another_port_is_not_used() -> None:
+    port = free_port()
+    with bound(socket.AF_INET, 0) as other, handed_over(port, other) as relay:
+        number = other.getsockname()[1]
+        relay.logs(f"not used: 0.0.0.0:{number} (UDP), handed over by systemd as 'turn'")
+        relay.logs(f"relaying: listening on 0.0.0.0:{port}")
+
+
+def test_an_ipv6_socket_that_takes_ipv4_too_is_a_wrong_configuration() -> None:
+    port = free_port()
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as both:
+        both.bind(("::", port))
+        with handed_over(port, both, waits=False) as relay:
+            assert relay.wait() == 78
+        assert "BindIPv6Only=ipv6-only" in relay.errors()
+
+
+# --- HTTP ------------------------------------------------------------------------------------
+
+
+def test_probes_follow_the_portal_and_the_drain() -> None:
+    with FakePortal() as portal:
+        portal.serves(init=False)
+        http = free_tcp_port()
+        with relay_of(portal, f"--http-addr=127.0.0.1:{http}", "--drain-timeout=1000") as relay:
+            relay.logs("joined the portal")
+            assert ask(http, "/healthz")[0] == 200
+            assert readiness(http) == (503, "waiting for the portal")
+            portal.says_init()
+            relay.logs("relaying: listening on")
+            assert readiness(http) == (200, None)
+            with client_of(relay, portal.stamp_secret) as alice:
+                alice.allocates()
+                relay.signals(signal.SIGTERM)
+                relay.logs("draining")
+                assert ask(http, "/healthz")[0] == 200
+                assert readiness(http) == (503, "draining")
+                alice.refreshes(0)
+            assert relay.wait() == 0
+
+
+def test_metrics_move_while_calls_run() -> None:
+    http = free_tcp_port()
+    with (
+        RelayProcess(f"--http-addr=127.0.0.1:{http}", port=free_port()) as relay,
+        client_of(relay) as alice,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bob,
+    ):
+        bob.bind(("127.0.0.1", 0))
+        bob.settimeout(TIMEOUT)
+        relayed = alice.allocates()
+        alice.binds(0x4000, bob.getsockname())
+        alice.sends(0x4000, b"four")
+        assert bob.recv(100) == b"four"
+        bob.sendto(b"answer", relayed)
+        assert alice.receives() == (0x4000, b"answer")
+        alice.sends(0x4001, b"unbound")
+        alice.maps()
+
+        metrics = scrape(http)
+    assert metrics["relay_allocations"] == 1
+    assert metrics["relay_channels"] == 1
+    assert metrics["relay_responses_total", "allocate", "success"] == 1
+    assert metrics["relay_responses_total", "allocate", "401"] == 1
+    assert metrics["relay_responses_total", "binding", "success"] == 1
+    assert metrics["relay_relayed_bytes_total", "client_to_peer"] == 4
+    assert metrics["relay_relayed_bytes_total", "peer_to_client"] == 6
+    assert metrics["relay_relayed_packets_total", "client_to_peer"] == 1
+    assert metrics["relay_dropped_packets_total", "unbound_channel"] == 1
+    assert metrics["relay_dropped_packets_total", "send_enobufs"] == 0
+    assert metrics["relay_packet_size_bytes_count"] == 2
+    assert metrics["relay_ready"] == 1
+    assert "relay_portal_connected" not in metrics
+
+
+def test_reconnects_of_the_portal_are_counted() -> None:
+    http = free_tcp_port()
+    with FakePortal() as portal:
+        portal.serves()
+        with relay_of(portal, f"--http-addr=127.0.0.1:{http}") as relay:
+            relay.logs("relaying: listening on")
+            assert portal_metrics(http) == (1, 0)
+            portal.stops()
+            relay.logs("relaying meanwhile")
+            while portal_metrics(http) != (0, 0):  # what is said may be a second old
+                pass
+            assert readiness(http) == (200, None)
+            portal.starts()
+            portal.serves()
+            while portal_metrics(http) != (1, 1):
+                pass
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["asked for", "by default"])
+def test_a_busy_http_port_is_fatal_only_if_it_was_asked_for(*, given: bool) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        if given:
+            arguments = (f"--http-addr={address}",)
+            with RelayProcess(*arguments, port=free_port(), portal=True) as relay:
+                assert relay.wait() == 73
+        else:
+            program = DRIVER_OF_DEFAULT.format(address=address)
+            with RelayProcess(port=free_port(), program=program) as relay:
+                relay.logs("WARNING")
+    assert f"cannot serve HTTP on {address}: Address already in use" in relay.errors()
+
+
+def test_clients_cannot_reach_the_http_port_through_the_relay() -> None:
+    http = free_tcp_port()
+    with (
+        RelayProcess(f"--http-addr=127.0.0.1:{http}", port=free_port()) as relay,
+        client_of(relay) as alice,
+    ):
+        alice.allocates()
+        with pytest.raises(TurnError) as refusal:
+            alice.binds(0x4000, ("127.0.0.1", http))
+    assert refusal.value.code == 403
+
+
+# --- Reload ----------------------------------------------------------------------------------
+
+
+def test_a_reload_changes_peers_limits_and_levels_and_keeps_calls(tmp_path: Path) -> None:
+    with (
+        Configured(tmp_path, "allow-peer = 127.0.0.0/8\n") as relay,
+        client_of(relay.process) as alice,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bob,
+    ):
+        bob.bind(("127.0.0.1", 0))
+        bob.settimeout(TIMEOUT)
+        alice.allocates()
+        alice.binds(0x4000, bob.getsockname())
+
+        relay.reloads(
+            "allow-peer = 127.0.0.0/8\ndeny-peer = 127.0.0.2/32\n"
+            "max-allocations-per-ip = 1\nlog-level = info,relay.turn=debug\n"
+        )
+        changed = relay.process.logs("reloaded; changed: ")
+        assert changed.endswith("changed: deny-peer, max-allocations-per-ip, log-level\n")
+        alice.sends(0x4000, b"still there")
+        assert bob.recv(100) == b"still there"
+        with pytest.raises(TurnError) as refusal:
+            alice.binds(0x4001, ("127.0.0.2", 9))
+        assert refusal.value.code == 403
+        relay.process.logs("DEBUG")
+        with client_of(relay.process) as carol, pytest.raises(TurnError) as refusal:
+            carol.allocates()
+        assert refusal.value.code == 486
+
+
+def test_what_needs_a_restart_is_named_and_left_alone(tmp_path: Path) -> None:
+    with Configured(tmp_path, "") as relay:
+        relay.reloads("lowest-port = 50000\nhttp-addr = 127.0.0.1:1\ndrain-timeout = 5\n")
+        assert relay.process.logs("needs a restart").endswith("change: lowest-port\n")
+        relay.process.logs("changed: drain-timeout")
+        relay.reloads("")
+        relay.process.logs("reloaded; changed: drain-timeout")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        pytest.param("deny-peer = nonsense\n", "deny-peer 'nonsense'", id="value"),
+        pytest.param("drain-timeuot = 5\n", "there is no such option", id="name"),
+        pytest.param("max-allocations = 0\n", "line 1", id="place"),
+    ],
+)
+def test_a_wrong_configuration_changes_nothing(tmp_path: Path, text: str, problem: str) -> None:
+    with (
+        Configured(tmp_path, "allow-peer = 127.0.0.0/8\n") as relay,
+        client_of(relay.process) as alice,
+    ):
+        relay.reloads(text)
+        line = relay.process.logs("not reloaded, all stays as it was")
+        assert problem in line
+        assert "ERROR" in line
+        alice.allocates()
+        alice.binds(0x4000, ("127.0.0.1", 9))  # still allowed
+
+
+def test_a_file_that_is_gone_changes_nothing(tmp_path: Path) -> None:
+    with Configured(tmp_path, "") as relay:
+        relay.file.unlink()
+        relay.process.signals(signal.SIGHUP)
+        assert str(relay.file) in relay.process.logs("not reloaded, all stays as it was")
+
+
+def test_what_can_be_read_only_once_is_not_read_again(tmp_path: Path) -> None:
+    """Or a reload would wait for a writer that never comes."""
+    with Configured(tmp_path, "") as relay:
+        relay.file.unlink()
+        os.mkfifo(relay.file)
+        relay.process.signals(signal.SIGHUP)
+        relay.process.logs("is no regular file")
+
+
+def test_a_draining_relay_is_not_reloaded(tmp_path: Path) -> None:
+    with Configured(tmp_path, "drain-timeout = 1000\n") as relay:
+        with client_of(relay.process) as alice:
+            alice.allocates()
+            relay.process.signals(signal.SIGTERM)
+            relay.process.logs("draining: 1 allocations left")
+            relay.reloads("drain-timeout = 0\n")
+            relay.process.logs("not reloaded: draining")
+            alice.refreshes(0)
+        assert relay.process.wait() == 0
+
+
+# --- Summary ---------------------------------------------------------------------------------
+
+
+def test_sigusr1_says_how_it_goes() -> None:
+    with RelayProcess(port=free_port()) as relay, client_of(relay) as alice:
+        alice.allocates()
+        relay.signals(signal.SIGUSR1)
+        summary = relay.logs("summary: relaying, 1 allocations, 0 channels")
+        assert "client to peer: 0 datagrams, 0 bytes" in summary
+        assert "responses: 1 allocate 401, 1 allocate success" in summary
+        assert "bugs: 0" in summary
+        alice.refreshes(600)
+
+
+# --- Helpers ---------------------------------------------------------------------------------
+
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
+BINDING = b"\x00\x01\x00\x00\x21\x12\xa4\x42twelve bytes"
+
+DRIVER_OF_DEFAULT = """
+from dataclasses import replace
+from relay.options import OPTIONS
+import relay.cli, relay.options
+changed = [replace(o, default="{address}") if o.name == "http-addr" else o for o in OPTIONS]
+relay.cli.OPTIONS = changed
+import sys
+sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if not a.startswith("--http-addr"))]
+raise SystemExit(relay.cli.main())
+"""
+
+# A relay whose loop can be blocked: reading from one pipe makes it wait for another.
+STUCK = """
+import os, sys
+from relay import exposition
+from relay.cli import read
+from relay.daemon import Daemon
+exposition.STUCK_AFTER = 0.5
+class Pipe:
+    def fileno(self): return 0
+daemon = Daemon(read(sys.argv[1:], {}).config)
+daemon.reactor.register(Pipe(), lambda: (os.read(0, 1), os.read(0, 1)))
+daemon.run()
+"""
+
+
+class Stuck:
+    """A relay whose loop gets stuck when it is told so."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self.http = free_tcp_port()
+        self._process = RelayProcess(
+            f"--http-addr=127.0.0.1:{self.http}",
+            port=free_port(),
+            variables=variables,
+            program=STUCK,
+        )
+
+    def __enter__(self) -> Self:
+        self._process.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._process.__exit__(exception_type, exception, traceback)
+
+    def blocks(self) -> None:
+        self._process.writes("1")
+
+    def goes_on(self) -> None:
+        self._process.writes("2")
+
+
+class Configured:
+    """A relay with a configuration file."""
+
+    def __init__(self, directory: Path, text: str, variables: dict[str, str] | None = None) -> None:
+        self.file = directory / "relay.conf"
+        self.file.write_text(text)
+        self.process = RelayProcess(
+            f"--config={self.file}",
+            "--public-ip4-addr=127.0.0.1",
+            port=free_port(),
+            loopback=False,
+            variables=variables,
+        )
+
+    def __enter__(self) -> Self:
+        self.process.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.process.__exit__(exception_type, exception, traceback)
+
+    def reloads(self, text: str) -> None:
+        self.file.write_text(text)
+        self.process.signals(signal.SIGHUP)
+
+
+class Manager:
+    """systemd's end of the notification socket."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(TIMEOUT)
+        self.variables = {"NOTIFY_SOCKET": str(path)}
+        self.heard: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._socket.close()
+
+    def hears(self, beginning: str) -> str:
+        """Return the first message that begins so, heard already or to come."""
+        for message in self.heard:
+            if message.startswith(beginning):
+                return message
+        while True:
+            message = self._socket.recv(4096).decode()
+            self.heard.append(message)
+            if message.startswith(beginning):
+                return message
+
+    def heard_all(self) -> list[str]:
+        """Return everything heard so far, without waiting."""
+        self._socket.setblocking(False)
+        try:
+            while True:
+                self.heard.append(self._socket.recv(4096).decode())
+        except BlockingIOError:
+            return self.heard
+        finally:
+            self._socket.settimeout(TIMEOUT)
+
+
+def relay_of(
+    portal: FakePortal, *arguments: str, variables: dict[str, str] | None = None
+) -> RelayProcess:
+    return RelayProcess(
+        f"--api-url={portal.url}",
+        *arguments,
+        port=free_port(),
+        portal=True,
+        variables={"FIREZONE_TOKEN": TOKEN, **(variables or {})},
+    )
+
+
+def client_of(relay: RelayProcess, secret: str | None = None) -> TurnClient:
+    username, password = relay.username, relay.password
+    if secret is not None:
+        username, password = mint(2**40, "salt", secret)
+    return TurnClient(("127.0.0.1", relay.port), username, password)
+
+
+def bound(family: socket.AddressFamily, port: int) -> socket.socket:
+    """Return what a .socket unit would bind."""
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", port))
+    return sock
+
+
+def handed_over(port: int, *sockets: socket.socket, waits: bool = True) -> RelayProcess:
+    """Start a relay that is given *sockets* as systemd gives them."""
+    return RelayProcess(
+        port=port,
+        portal=not waits,
+        descriptors=tuple(sock.fileno() for sock in sockets),
+        variables={
+            "LISTEN_FDS": str(len(sockets)),
+            "LISTEN_FDNAMES": ":".join("turn" for _ in sockets),
+        },
+    )
+
+
+def free_tcp_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def ask(port: int, path: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def readiness(port: int) -> tuple[int, str | None]:
+    status, answer = ask(port, "/readyz")
+    return status, json.loads(answer)["reason"]
+
+
+def scrape(port: int) -> dict[Any, float]:
+    """Return the value of each sample by name, with its labels' values if it has any."""
+    _, text = ask(port, "/metrics")
+    metrics: dict[Any, float] = {}
+    for family in text_string_to_metric_families(text.decode()):
+        for sample in family.samples:
+            labels = tuple(sample.labels[key] for key in sorted(sample.labels, reverse=True))
+            metrics[(sample.name, *labels) if labels else sample.name] = sample.value
+    return metrics
+
+
+def portal_metrics(port: int) -> tuple[float, float]:
+    metrics = scrape(port)
+    return metrics["relay_portal_connected"], metrics["relay_portal_reconnects_total"]
+
+
+def stuck_for(port: int) -> float:
+    return scrape(port)["relay_loop_lag_seconds"]
