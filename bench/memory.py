@@ -13,8 +13,9 @@ import time
 import tracemalloc
 from typing import Any, Final
 
-from relay.forwarder import LARGEST_DATAGRAM, Forwarder
+from relay.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
 from relay.metrics import Counters
+from relay.net.offload import Offload
 from relay.net.reactor import Reactor
 from relay.net.udp import RelayPorts
 from relay.stun.attributes import Attr
@@ -74,6 +75,7 @@ class Idle:
                 {Family.IPV4: "127.0.0.1", Family.IPV6: "::1"},
                 memoryview(self._buffer)[HEADER_SIZE:],
                 self.counters.lost,
+                Offload(wanted=True),
             ).open,
             public_hosts=self.scenario.public_hosts,
             relay_ports=PORTS,
@@ -117,6 +119,10 @@ class Unheard:
     def send(self, datagram: memoryview | bytes, to: Any) -> bool:  # noqa: ANN401, ARG002
         """Do nothing."""
         return True
+
+    def send_train(self, pieces: Pieces, each: int, size: int, to: Any) -> int:  # noqa: ANN401, ARG002
+        """Do nothing."""
+        return len(pieces) // each
 
 
 def address_of(number: int) -> tuple[str, int]:

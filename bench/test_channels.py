@@ -1,8 +1,9 @@
 """How much of a relayed datagram's time is ours, between its read and its send.
 
-One call takes a datagram that lies in the buffer, looks up its route among those of
-:data:`CLIENTS` clients and hands it to a socket that does nothing. The kernel takes a
-multiple of that for its read and its send; ``test_round_trip.py`` measures it all.
+One call takes a datagram, or a train of 32, that lies in the buffer, looks up its route among
+those of :data:`CLIENTS` clients and hands it to a socket that does nothing. The kernel takes
+a multiple of that for its read and its send (``test_sockets.py``); ``test_round_trip.py``
+measures it all.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any, Final
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from relay.forwarder import LARGEST_DATAGRAM, Forwarder
+from relay.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
 from relay.metrics import Counters
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
@@ -23,7 +24,9 @@ CLIENTS: Final = 1000
 NUMBER: Final = 0x4000
 PEER: Final = PeerAddress(("198.51.100.7", 9000))
 PAYLOAD: Final = bytes(1200)
+TRAIN: Final = 32
 OFTEN: Final = {"rounds": 100, "iterations": 1000}  # one call is too short to be timed
+LESS_OFTEN: Final = {"rounds": 100, "iterations": 100}
 
 
 def test_client_to_peer(benchmark: BenchmarkFixture, table: "Table") -> None:
@@ -47,6 +50,34 @@ def test_peer_to_client(benchmark: BenchmarkFixture, table: "Table") -> None:
     assert not table.counters.dropped
 
 
+@pytest.mark.parametrize("is_alike", [True, False], ids=["alike", "mixed"])
+def test_train_to_peer(benchmark: BenchmarkFixture, table: "Table", *, is_alike: bool) -> None:
+    """Of a mixed one the last datagram is on another channel: all go one by one."""
+    datagram = channel_data(NUMBER, PAYLOAD)
+    train = datagram * TRAIN
+    table.buffer[: len(train)] = train
+    if not is_alike:
+        table.buffer[len(train) - len(datagram) + 1] += 1
+
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        table.forwarder.on_client_train,
+        args=(len(train), len(datagram), table.clients[CLIENTS // 2]),
+        **LESS_OFTEN,
+    )
+
+    assert bool(table.counters.trains) is is_alike
+
+
+def test_train_to_client(benchmark: BenchmarkFixture, table: "Table") -> None:
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        table.on_peer_train[CLIENTS // 2],
+        args=(TRAIN * len(PAYLOAD), len(PAYLOAD), PEER),
+        **LESS_OFTEN,
+    )
+
+    assert table.counters.trains
+
+
 def test_unknown_channel(benchmark: BenchmarkFixture, table: "Table") -> None:
     """What is dropped should not cost more than what is relayed."""
     datagram = channel_data(NUMBER + 1, PAYLOAD)
@@ -68,6 +99,10 @@ class Nothing:
         """Do nothing."""
         return True
 
+    def send_train(self, pieces: Pieces, each: int, size: int, to: Any) -> int:  # noqa: ANN401, ARG002
+        """Do nothing."""
+        return len(pieces) // each
+
     def close(self) -> None:
         """Do nothing."""
 
@@ -81,6 +116,7 @@ class Table:
         self.counters = Counters()
         self.clients: list[ClientAddress] = []
         self.on_peer_datagram: list[Callable[[int, PeerAddress], None]] = []
+        self.on_peer_train: list[Callable[[int, int, PeerAddress], None]] = []
         self.forwarder = Forwarder(
             relay.server,
             buffer=self.buffer,
@@ -111,9 +147,15 @@ class Table:
             self.forwarder.on_client_datagram(len(request), self.clients[number // 2])
 
     def _open_port(
-        self, _family: Family, _port: int, on_datagram: Callable[[int, PeerAddress], None]
+        self,
+        _family: Family,
+        _port: int,
+        on_datagram: Callable[[int, PeerAddress], None],
+        on_train: Callable[[int, int, PeerAddress], None],
+        /,
     ) -> Nothing:
         self.on_peer_datagram.append(on_datagram)
+        self.on_peer_train.append(on_train)
         return Nothing()
 
 

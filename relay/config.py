@@ -42,6 +42,7 @@ class Config:
     http_addr: Address | None
     http_addr_given: bool = field(compare=False)  # False: nobody insists on it
     harden: str
+    offload: bool  # trains of datagrams, where the kernel takes them
     drain_timeout: int  # seconds
     software: str | None
     rng_seed: int | None

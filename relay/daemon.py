@@ -24,6 +24,7 @@ from relay.metrics import Counters
 from relay.monitor import Monitor
 from relay.net.addresses import WILDCARDS, is_local, local_addresses
 from relay.net.mailbox import Mailbox
+from relay.net.offload import Offload
 from relay.net.reactor import Reactor, log_bug
 from relay.net.signals import Signals
 from relay.net.udp import USUAL_LOSSES, ListeningSocket, RelayPorts
@@ -90,6 +91,7 @@ class Daemon:
         self._notifier = systemd.Notifier(os.environ)
         self._watchdog = systemd.watchdog_interval(os.environ, os.getpid())
 
+        self._offload = Offload(wanted=config.offload)
         self._buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
         self._listeners = self._listen()
         self._relay_hosts: dict[int, str] = {
@@ -112,6 +114,7 @@ class Daemon:
                 self._relay_hosts,
                 memoryview(self._buffer)[HEADER_SIZE:],
                 self.counters.lost,
+                self._offload,
             ).open,
             public_hosts=config.public_hosts,
             relay_ports=config.ports,
@@ -122,7 +125,9 @@ class Daemon:
             counters=self.counters,
         )
         for listener in self._listeners.values():
-            self.reactor.register(listener, partial(listener.receive, self._not_yet))
+            self.reactor.register(
+                listener, partial(listener.receive, self._not_yet, self._not_yet_either)
+            )
         self.reactor.register(self.mailbox, self.mailbox.deliver)
         self._health = self._health_server()
         self._portal = None if config.token is None else self._portal_client(config.token)
@@ -266,7 +271,12 @@ class Daemon:
         self.monitor.not_ready = None
         for listener in self._listeners.values():
             self.reactor.reassign(
-                listener, partial(listener.receive, self.forwarder.on_client_datagram)
+                listener,
+                partial(
+                    listener.receive,
+                    self.forwarder.on_client_datagram,
+                    self.forwarder.on_client_train,
+                ),
             )
         listening = [format_endpoint(*one.address[:2]) for one in self._listeners.values()]
         logger.info(
@@ -281,6 +291,10 @@ class Daemon:
     def _not_yet(self, _size: int, _client: object) -> None:
         """Drop a datagram: the portal has not said that we may serve."""
         self.counters.dropped[Drop.NOT_SERVING.value] += 1
+
+    def _not_yet_either(self, size: int, segment: int, _client: object) -> None:
+        """Drop a train of *size* bytes, in datagrams of *segment*."""
+        self.counters.dropped[Drop.NOT_SERVING.value] += -(-size // segment)
 
     def _portal_client(self, token: str) -> PortalClient:
         config = self._config
@@ -370,7 +384,9 @@ class Daemon:
 
     def _listen(self) -> dict[Family, ListeningSocket]:
         try:
-            return open_listeners(self._config, memoryview(self._buffer), self.counters.lost)
+            return open_listeners(
+                self._config, memoryview(self._buffer), self.counters.lost, self._offload
+            )
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE
             raise DaemonError(

@@ -9,21 +9,25 @@ client to peer               :meth:`Forwarder.on_client_datagram` strips the fou
                              ChannelData; the route is found by (client, channel number)
 peer to client               :meth:`Forwarder.on_peer_datagram` puts them in front; the
                              route is found by the peer's address, per relay port
+trains, in either direction  :meth:`Forwarder.on_client_train` and
+                             :meth:`Forwarder.on_peer_train` do the same to many datagrams
+                             at once; what is not alike is served one by one
 ===========================  ============================================================
 
 The routes are written by two commands only, ``BindChannel`` and ``UnbindChannel``, so
 whatever is not bound right now is not relayed. All sockets read into one buffer. A payload
-always lies at offset 4 of it, behind room for the header, and is never copied.
+always lies at offset 4 of it, behind room for the header, and is never copied; only where
+a train is taken apart its datagrams are moved to the front of the buffer, one after another.
 """
 
 import errno
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Final, Protocol, assert_never
+from typing import Final, NamedTuple, Protocol, assert_never
 
 from relay.metrics import Counters
-from relay.stun.address import family_of
+from relay.stun.address import Address, family_of
 from relay.stun.const import Family
 from relay.turn.channeldata import HEADER, HEADER_SIZE, parse
 from relay.turn.commands import (
@@ -46,13 +50,10 @@ LARGEST_DATAGRAM: Final = 65535
 # STUN over UDP stays below the MTU (RFC 8489 §6.1); longer messages only cost time to read.
 LARGEST_STUN: Final = 2048
 _NEITHER: Final = 0xFF  # a first byte that is neither STUN nor ChannelData
-_pack_into = HEADER.pack_into
+_pack, _pack_into = HEADER.pack, HEADER.pack_into
 
-ToPeer = tuple[Callable[[memoryview, PeerAddress], bool], PeerAddress]
-"""How to reach a peer: the sending end, and where to."""
-
-ToClient = tuple[int, Callable[[memoryview, ClientAddress], bool], ClientAddress]
-"""How to reach a client: the channel number for the header, the sending end, and where to."""
+Pieces = list[memoryview | bytes]
+"""What a train is made of, in order."""
 
 
 class Listener(Protocol):
@@ -61,19 +62,49 @@ class Listener(Protocol):
     def send(self, datagram: memoryview | bytes, to: ClientAddress) -> bool:
         """Send one datagram, or count it as lost; return whether it was sent."""
 
+    def send_train(self, pieces: Pieces, each: int, size: int, to: ClientAddress) -> int:
+        """Send datagrams of *size* bytes, each of them *each* pieces; the last may be shorter.
 
-class RelaySocket(Protocol):
-    """The socket of a relay port in one family."""
+        Returns how many were sent, from the first on. The others are not lost yet.
+        """
+
+
+class PeerSender(Protocol):
+    """What reaches a peer."""
 
     def send(self, datagram: memoryview, to: PeerAddress) -> bool:
         """Send one datagram, or count it as lost; return whether it was sent."""
+
+    def send_train(self, pieces: Pieces, each: int, size: int, to: PeerAddress) -> int:
+        """Send datagrams as :meth:`Listener.send_train` does."""
+
+
+class RelaySocket(PeerSender, Protocol):
+    """The socket of a relay port in one family."""
 
     def close(self) -> None:
         """Give up the port."""
 
 
-OpenPortIn = Callable[[Family, int, Callable[[int, PeerAddress], None]], RelaySocket]
-"""Bind a port, and call back with size and source of each datagram. Raises OSError."""
+ToPeer = tuple[PeerSender, PeerAddress]
+"""How to reach a peer."""
+
+ToClient = tuple[int, Listener, ClientAddress]
+"""How to reach a client: the channel number for the header, the socket, and where to."""
+
+
+class OpenPortIn(Protocol):
+    """Binds a port, and calls back with what arrives there."""
+
+    def __call__(
+        self,
+        family: Family,
+        number: int,
+        on_datagram: Callable[[int, PeerAddress], None],
+        on_train: Callable[[int, int, PeerAddress], None],
+        /,
+    ) -> RelaySocket:
+        """Raise OSError if the port cannot be bound."""
 
 
 class Timers(Protocol):
@@ -151,10 +182,35 @@ class Forwarder:
         if route is None:
             self._drop(Drop.UNBOUND_PEER)
             return
-        number, send, client = route
+        number, listener, client = route
         _pack_into(self._buffer, 0, number, size)
-        if send(self._view[: HEADER_SIZE + size], client):
+        if listener.send(self._view[: HEADER_SIZE + size], client):
             self._sizes_to_client[size] += 1
+
+    def on_client_train(self, size: int, segment: int, client: ClientAddress) -> None:
+        """Serve datagrams from *client* that lie in the buffer, *size* bytes from its start on.
+
+        Each is of *segment* bytes; the last may be shorter.
+        """
+        served = self._relay_to_peer(size, segment, client)
+        for start in range(served * segment, size, segment):
+            datagram = self._view[start : min(start + segment, size)]
+            self._view[: len(datagram)] = datagram
+            self.on_client_datagram(len(datagram), client)
+
+    def on_peer_train(
+        self, routes: dict[PeerAddress, ToClient], size: int, segment: int, peer: PeerAddress
+    ) -> None:
+        """Relay datagrams whose *size* bytes lie in the buffer, behind room for one header.
+
+        Each is of *segment* bytes; the last may be shorter.
+        """
+        train = self._view[HEADER_SIZE : HEADER_SIZE + size]
+        payloads: Pieces = [train[at : at + segment] for at in range(0, size, segment)]
+        served = self._relay_to_client(routes, payloads, segment, peer)
+        for payload in payloads[served:]:
+            self._view[HEADER_SIZE : HEADER_SIZE + len(payload)] = payload
+            self.on_peer_datagram(routes, len(payload), peer)
 
     def on_timeout(self) -> None:
         """Let the server end what is due."""
@@ -185,9 +241,62 @@ class Forwarder:
         if route is None:
             self._drop(Drop.UNBOUND_CHANNEL)
             return
-        send, peer = route
-        if send(self._view[HEADER_SIZE : HEADER_SIZE + length], peer):
+        sender, peer = route
+        if sender.send(self._view[HEADER_SIZE : HEADER_SIZE + length], peer):
             self._sizes_to_peer[length] += 1
+
+    def _relay_to_peer(self, size: int, segment: int, client: ClientAddress) -> int:
+        """Relay a train that is alike; return how many of its datagrams were, from the first on.
+
+        It is alike if each datagram is ChannelData of one channel and length.
+        """
+        buffer, view = self._buffer, self._view
+        count = size // segment
+        whole = count * segment
+        for start in range(HEADER_SIZE):
+            if buffer[start:whole:segment].count(buffer[start]) != count:
+                return 0
+        frame = parse(buffer, segment)
+        if frame is None or not frame[1]:  # nothing in it that UDP_SEGMENT could cut
+            return 0
+        number, length = frame
+        route = self._to_peer.get((client, number))
+        if route is None:
+            return 0
+        sender, peer = route
+        pieces: Pieces = [view[at : at + length] for at in range(HEADER_SIZE, whole, segment)]
+        last = parse(view[whole:], size - whole)
+        if last is not None and last[0] == number and 0 < last[1] <= length:
+            pieces.append(view[whole + HEADER_SIZE : whole + HEADER_SIZE + last[1]])
+        sent = sender.send_train(pieces, 1, length, peer)
+        self._count(self._sizes_to_peer, sent, pieces, length)
+        return sent
+
+    def _relay_to_client(
+        self, routes: dict[PeerAddress, ToClient], payloads: Pieces, size: int, peer: PeerAddress
+    ) -> int:
+        """Relay payloads of *size* bytes, the last perhaps shorter, none empty.
+
+        Returns how many were relayed, from the first on.
+        """
+        route = routes.get(peer)
+        if route is None:
+            return 0
+        number, listener, client = route
+        pieces: Pieces = [_pack(number, size)] * (2 * len(payloads))
+        pieces[1::2] = payloads
+        pieces[-2] = _pack(number, len(payloads[-1]))
+        sent = listener.send_train(pieces, 2, HEADER_SIZE + size, client)
+        self._count(self._sizes_to_client, sent, payloads, size)
+        return sent
+
+    def _count(self, sizes: dict[int, int], sent: int, payloads: Pieces, size: int) -> None:
+        """Count the first *sent* of a train's payloads; all are of *size* but perhaps the last."""
+        if sent:
+            sizes[len(payloads[sent - 1])] += 1
+        if sent > 1:
+            sizes[size] += sent - 1
+            self._counters.trains[sent] += 1
 
     def _on_stun(self, size: int, client: ClientAddress) -> None:
         host, port = client[0][:2]
@@ -214,10 +323,7 @@ class Forwarder:
 
     def _is_relayed_here(self, host: str, port: int) -> bool:
         """Tell if one of our own relay ports is the source of a datagram."""
-        relay_port = self._ports.get(port)
-        if relay_port is None or family_of(host) not in relay_port.sockets:
-            return False
-        return self._is_relay_host(host)
+        return self._port_at((host, port)) is not None and self._is_relay_host(host)
 
     def _run_commands(self) -> None:
         while (command := self._server.next_command()) is not None:
@@ -245,8 +351,12 @@ class Forwarder:
         port = _Port()
         try:
             for family in families:
-                on_datagram = partial(self.on_peer_datagram, port.routes)
-                port.sockets[family] = self._open_port(family, number, on_datagram)
+                port.sockets[family] = self._open_port(
+                    family,
+                    number,
+                    partial(self.on_peer_datagram, port.routes),
+                    partial(self.on_peer_train, port.routes),
+                )
         except OSError as error:
             port.close()
             if error.errno == errno.EADDRINUSE:
@@ -266,18 +376,20 @@ class Forwarder:
 
     def _bind(self, bind: BindChannel) -> None:
         port = self._ports[bind.port]
-        client_socket = self._listener(bind.client)
-        port.routes[bind.peer] = (bind.number, client_socket.send, bind.client)
+        port.routes[bind.peer] = (bind.number, self._listener(bind.client), bind.client)
         family = family_of(bind.peer[0])
         peer_socket = port.sockets[family]
-        send = peer_socket.send
+        sender: PeerSender = peer_socket
         public_host = self._public_hosts.get(family)
         if bind.peer[0] == public_host and bind.peer[1] in self._relay_ports:
             # Perhaps one of our own relayed addresses: that may change at any time.
             relayed_address = PeerAddress((public_host, bind.port))
             outside = peer_socket if bind.reaches_outside else None
-            send = partial(self._send_perhaps_inside, relayed_address, outside)
-        self._to_peer[bind.client, bind.number] = (send, bind.peer)
+            sender = _Sender(
+                partial(self._send_perhaps_inside, relayed_address, outside),
+                partial(self._send_train_perhaps_inside, relayed_address, outside),
+            )
+        self._to_peer[bind.client, bind.number] = (sender, bind.peer)
 
     def _unbind(self, unbind: UnbindChannel) -> None:
         del self._to_peer[unbind.client, unbind.number]
@@ -295,14 +407,34 @@ class Forwarder:
         No kernel, NAT or hairpin is needed for that. Otherwise the datagram goes *outside*,
         unless the peer was allowed as an allocation of ours only and is gone.
         """
-        port = self._ports.get(peer[1])
-        if port is not None and family_of(peer[0]) in port.sockets:
+        port = self._port_at(peer)
+        if port is not None:
             self.on_peer_datagram(port.routes, len(payload), relayed_address)
             return True
         if outside is not None:
             return outside.send(payload, peer)
         self._drop(Drop.PEER_IS_GONE)
         return False
+
+    def _send_train_perhaps_inside(
+        self,
+        relayed_address: PeerAddress,
+        outside: RelaySocket | None,
+        payloads: Pieces,
+        each: int,
+        size: int,
+        peer: PeerAddress,
+    ) -> int:
+        """Send a train on the same ways. What is dropped of it is left to be sent one by one."""
+        port = self._port_at(peer)
+        if port is not None:
+            return self._relay_to_client(port.routes, payloads, size, relayed_address)
+        return 0 if outside is None else outside.send_train(payloads, each, size, peer)
+
+    def _port_at(self, address: Address) -> "_Port | None":
+        """Return the relay port of this number, if it is open in the family of *address*."""
+        port = self._ports.get(address[1])
+        return port if port is not None and family_of(address[0]) in port.sockets else None
 
     def _listener(self, client: ClientAddress) -> Listener:
         return self._listeners[family_of(client[0][0])]
@@ -323,3 +455,10 @@ class _Port:
     def close(self) -> None:
         for sock in self.sockets.values():
             sock.close()
+
+
+class _Sender(NamedTuple):
+    """What reaches a peer, put together of two functions."""
+
+    send: Callable[[memoryview, PeerAddress], bool]
+    send_train: Callable[[Pieces, int, int, PeerAddress], int]

@@ -7,6 +7,7 @@ from typing import Final
 
 from relay import systemd
 from relay.config import Config, ConfigError
+from relay.net.offload import Offload
 from relay.net.udp import ListeningSocket, Lost, adopt, listen
 from relay.stun.address import family_of, format_endpoint
 from relay.stun.const import Family
@@ -16,7 +17,9 @@ logger = logging.getLogger("relay.listening")
 ACTIVATED: Final = "turn"  # FileDescriptorName= of these sockets
 
 
-def open_listeners(config: Config, buffer: memoryview, lost: Lost) -> dict[Family, ListeningSocket]:
+def open_listeners(
+    config: Config, buffer: memoryview, lost: Lost, offload: Offload
+) -> dict[Family, ListeningSocket]:
     """Return a socket for each family there is. They read into *buffer*, and report to *lost*.
 
     Raises OSError, with the address as its filename, and ConfigError for what systemd has
@@ -24,7 +27,7 @@ def open_listeners(config: Config, buffer: memoryview, lost: Lost) -> dict[Famil
     """
     handed_over = _handed_over(config)
     listeners = {
-        family: _adopt(handed_over.pop(family), buffer, lost)
+        family: _adopt(handed_over.pop(family), buffer, lost, offload)
         for family in config.bind_hosts
         if family in handed_over
     }
@@ -34,7 +37,7 @@ def open_listeners(config: Config, buffer: memoryview, lost: Lost) -> dict[Famil
     for family, host in config.bind_hosts.items():
         if family not in listeners:
             try:
-                listeners[family] = listen(host, config.listen_port, buffer, lost)
+                listeners[family] = listen(host, config.listen_port, buffer, lost, offload)
             except OSError as error:
                 error.filename = format_endpoint(host, config.listen_port)
                 raise
@@ -56,9 +59,11 @@ def _handed_over(config: Config) -> dict[Family, socket.socket]:
     return found
 
 
-def _adopt(sock: socket.socket, buffer: memoryview, lost: Lost) -> ListeningSocket:
+def _adopt(
+    sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
+) -> ListeningSocket:
     try:
-        return adopt(sock, buffer, lost)
+        return adopt(sock, buffer, lost, offload)
     except ValueError as error:
         raise ConfigError(f"systemd has handed over {error}") from error
 

@@ -182,7 +182,7 @@ PEERS: Final = "Decide which peers may be reached"
 LIMITS: Final = "Limit what clients and strangers may take"
 WATCHING: Final = "See how it is doing"
 RUNNING: Final = "Confine it, and stop it"
-SPECIAL: Final = "Serve older clients, and test"
+SPECIAL: Final = "Serve special cases, and test"
 
 OPTIONS: Final = (
     Option(
@@ -444,6 +444,16 @@ OPTIONS: Final = (
         default="rfc8656",
         metavar="RFC",
         field="channel_numbers",
+    ),
+    Option(
+        "offload",
+        "OFFLOAD",
+        _choice(auto=True, off=False),
+        "auto: read and send trains of datagrams at once where the kernel can; off: one by one",
+        SPECIAL,
+        default="auto",
+        metavar="WHEN",
+        field="offload",
     ),
     Option(
         "software",

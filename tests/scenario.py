@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
-from relay.forwarder import LARGEST_DATAGRAM, Forwarder
+from relay.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
 from relay.metrics import Counters
 from relay.stun import integrity
 from relay.stun.address import Address, family_of
@@ -134,6 +134,21 @@ class Scenario:
         self._buffer[: len(datagram)] = datagram
         self.forwarder.on_client_datagram(len(datagram), client)
         self.server.check()
+
+    def receives_train_from_client(self, train: bytes, segment: int, client: ClientAddress) -> None:
+        """Receive datagrams of *segment* bytes, the last perhaps shorter, in one read."""
+        self._buffer[: len(train)] = train
+        self.forwarder.on_client_train(len(train), segment, client)
+        self.server.check()
+
+    def receives_train_from_peer(
+        self, train: bytes, segment: int, peer: PeerAddress, to: Address
+    ) -> None:
+        host, port = to
+        sock = self.network.sockets.get((family_of(host), port))
+        if sock is not None:
+            self._buffer[HEADER_SIZE : HEADER_SIZE + len(train)] = train
+            sock.on_train(len(train), segment, peer)
 
     def receives_from_peer(self, datagram: bytes, peer: PeerAddress, to: Address) -> None:
         host, port = to
@@ -374,6 +389,8 @@ class Network:
         self.occupied: set[tuple[Family, int]] = set()  # held by other processes
         self.failure: int | None = None  # an errno with which every open fails
         self.is_full = False  # takes no datagram
+        self.takes = 1000  # at most this many datagrams of a train
+        self.trains: list[int] = []  # how many datagrams were sent at once
 
     def send(self, datagram: memoryview | bytes, to: ClientAddress) -> bool:
         if self.is_full:
@@ -381,14 +398,34 @@ class Network:
         self.sent.append(ToClient(to, bytes(datagram)))
         return True
 
+    def send_train(self, pieces: Pieces, each: int, size: int, to: ClientAddress) -> int:
+        datagrams = self.cut(pieces, each, size)
+        self.sent += [ToClient(to, datagram) for datagram in datagrams]
+        return len(datagrams)
+
+    def cut(self, pieces: Pieces, each: int, size: int) -> list[bytes]:
+        """Cut a train as UDP_SEGMENT does: it knows nothing of pieces."""
+        if self.is_full or self.takes == 0:
+            return []
+        joined = b"".join(pieces)
+        datagrams = [joined[start : start + size] for start in range(0, len(joined), size)]
+        assert len(datagrams) * each == len(pieces)
+        del datagrams[self.takes :]
+        self.trains.append(len(datagrams))
+        return datagrams
+
     def open_port(
-        self, family: Family, port: int, on_datagram: Callable[[int, PeerAddress], None]
+        self,
+        family: Family,
+        port: int,
+        on_datagram: Callable[[int, PeerAddress], None],
+        on_train: Callable[[int, int, PeerAddress], None],
     ) -> "FakeSocket":
         if self.failure is not None:
             raise OSError(self.failure, "as the test wants it")
         if (family, port) in self.occupied or (family, port) in self.sockets:
             raise OSError(errno.EADDRINUSE, "Address already in use")
-        sock = self.sockets[family, port] = FakeSocket(self, family, port, on_datagram)
+        sock = self.sockets[family, port] = FakeSocket(self, family, port, on_datagram, on_train)
         self.opened.append(port)
         return sock
 
@@ -402,11 +439,13 @@ class FakeSocket:
         family: Family,
         port: int,
         on_datagram: Callable[[int, PeerAddress], None],
+        on_train: Callable[[int, int, PeerAddress], None],
     ) -> None:
         self._network = network
         self._family = family
         self._port = port
         self.on_datagram = on_datagram
+        self.on_train = on_train
 
     def send(self, datagram: memoryview, to: PeerAddress) -> bool:
         assert family_of(to[0]) is self._family
@@ -415,6 +454,13 @@ class FakeSocket:
             return False
         self._network.sent.append(ToPeer(self._port, to, bytes(datagram)))
         return True
+
+    def send_train(self, pieces: Pieces, each: int, size: int, to: PeerAddress) -> int:
+        assert family_of(to[0]) is self._family
+        assert self._network.sockets[self._family, self._port] is self
+        datagrams = self._network.cut(pieces, each, size)
+        self._network.sent += [ToPeer(self._port, to, datagram) for datagram in datagrams]
+        return len(datagrams)
 
     def close(self) -> None:
         assert self._network.sockets.pop((self._family, self._port)) is self

@@ -57,6 +57,7 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     "unauthenticated-rate": (("0", 0), ("5000", 5000)),
     "unauthenticated-rate-per-prefix": (("0", 0), ("50", 50)),
     "channel-range": (("rfc5766", RFC5766_NUMBERS), ("rfc8656", RFC8656_NUMBERS)),
+    "offload": (("off", False), ("auto", True)),
     "log-format": (("json", "json"), ("human", "human")),
     "log-level": (
         ("debug", {"": 10}),
@@ -91,6 +92,7 @@ BAD: Final = {
     "unauthenticated-rate": "-1",
     "unauthenticated-rate-per-prefix": "1.5",
     "channel-range": "rfc3489",
+    "offload": "always",
     "log-format": "xml",
     "log-level": "loud",
     "http-addr": "::1:8080",
@@ -153,6 +155,7 @@ def test_what_is_not_given_has_its_default() -> None:
     assert (config.http_addr, config.http_addr_given) == (("127.0.0.1", 8080), False)
     assert config.harden == "auto"
     assert config.channel_numbers == range(0x4000, 0x5000)
+    assert config.offload is True
     assert config.drain_timeout == 30
     assert config.software is None
     assert config.rng_seed is None

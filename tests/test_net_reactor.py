@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from relay.net.mailbox import Mailbox
+from relay.net.offload import Offload
 from relay.net.reactor import Reactor
 from relay.net.signals import Signals
 from relay.net.udp import LONE_READS, READ_BUDGET, RelaySocket, bind_udp
@@ -42,18 +43,24 @@ def reactor(clock: Clock, bugs: list[Exception]) -> Iterator[Reactor]:
     reactor.close()
 
 
+def _no_train(*_: object) -> None:
+    raise AssertionError("a train")
+
+
 class Inbox:
     """A relay port on loopback, and what came in through it."""
 
     def __init__(self, reactor: Reactor) -> None:
         self.sock = bind_udp("127.0.0.1", 0, 4 << 20)
         self._buffer = bytearray(65536)
-        self._socket = RelaySocket(self.sock, memoryview(self._buffer), self.lost, reactor)
+        self._socket = RelaySocket(
+            self.sock, memoryview(self._buffer), self.lost, Offload(wanted=False), reactor
+        )
         self.received: list[bytes] = []
         self.losses: list[str] = []
         self._outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._outside.connect(self.sock.getsockname())
-        reactor.register(self.sock, partial(self._socket.receive, self.take))
+        reactor.register(self.sock, partial(self._socket.receive, self.take, _no_train))
 
     def take(self, size: int, _source: object) -> None:
         self.received.append(bytes(self._buffer[:size]))

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from relay.net.addresses import is_local, local_addresses, outward_address
+from relay.net.offload import Offload
 from relay.net.reactor import Reactor
 from relay.net.udp import ListeningSocket, RelaySocket, WildcardSocket, bind_udp, listen
 
+OFF = Offload(wanted=False)
 ERRORS = [
     errno.EAGAIN,
     errno.ENOBUFS,
@@ -50,9 +52,9 @@ def test_what_cannot_be_sent_is_counted_and_that_is_all(error: int) -> None:
     lost: list[str] = []
     sock: Any = FailingSocket(error)
     reactor = Reactor()
-    RelaySocket(sock, memoryview(b""), lost.append, reactor).send(b"x", ("127.0.0.1", 9))
-    ListeningSocket(sock, memoryview(b""), lost.append).send(b"x", (("127.0.0.1", 9), b""))
-    wildcard = WildcardSocket(sock, memoryview(b""), lost.append)
+    RelaySocket(sock, memoryview(b""), lost.append, OFF, reactor).send(b"x", ("127.0.0.1", 9))
+    ListeningSocket(sock, memoryview(b""), lost.append, OFF).send(b"x", (("127.0.0.1", 9), b""))
+    wildcard = WildcardSocket(sock, memoryview(b""), lost.append, OFF)
     wildcard.send(b"x", (("127.0.0.1", 9), b"\x7f\0\0\1"))
     reactor.close()
 
@@ -94,12 +96,12 @@ def test_of_an_ipv6_peer_only_host_and_port_count() -> None:
     buffer = bytearray(100)
     reactor = Reactor()
     sock = bind_udp("::1", 0, 65536)
-    relay_socket = RelaySocket(sock, memoryview(buffer), _unexpected, reactor)
+    relay_socket = RelaySocket(sock, memoryview(buffer), _unexpected, OFF, reactor)
     sources: list[Any] = []
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as peer:
         peer.bind(("::1", 0))
         peer.sendto(b"hi", sock.getsockname())
-        relay_socket.receive(lambda _, source: sources.append(source))
+        relay_socket.receive(lambda _, source: sources.append(source), _no_train)
         assert sources == [peer.getsockname()[:2]]
     sock.close()
     reactor.close()
@@ -119,7 +121,7 @@ def test_what_the_kernel_knows_of_addresses() -> None:
 def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
     """Send to *address* of a listening socket on *bind*; the answer must come from there."""
     buffer = bytearray(100)
-    listener = listen(bind, 0, memoryview(buffer), _unexpected)
+    listener = listen(bind, 0, memoryview(buffer), _unexpected, OFF)
     clients: list[tuple[Any, bytes]] = []
     take: Callable[[int, Any], None] = lambda _, client: clients.append(client)  # noqa: E731
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -127,7 +129,7 @@ def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
         client.connect((address, listener.address[1]))  # hears from nobody else
         client.settimeout(10)
         client.send(b"ask")
-        listener.receive(take)
+        listener.receive(take, _no_train)
         assert bytes(buffer[:3]) == b"ask"
         listener.send(b"answer", clients[0])
         assert client.recv(100) == b"answer"
@@ -137,3 +139,7 @@ def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
 
 def _unexpected(name: str) -> None:
     raise AssertionError(name)
+
+
+def _no_train(*_: object) -> None:
+    raise AssertionError("a train")

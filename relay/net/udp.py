@@ -1,8 +1,13 @@
 """UDP sockets: bound once, never blocking, read a few datagrams at a time.
 
-Every socket reads into one buffer that its owner shares among all of them: a datagram is
-handled before the next one is read. A datagram that cannot be sent is lost, as UDP may
-lose it anywhere else; it is counted and that is all.
+Every socket reads into one buffer that its owner shares among all of them: what was read is
+handled before the next read. A datagram that cannot be sent is lost, as UDP may lose it
+anywhere else; it is counted and that is all.
+
+Where datagrams come in bursts the kernel hands over whole trains (:mod:`relay.net.offload`).
+Only ``recvmsg_into`` tells how to cut them, at 0.3 µs more per call than ``recvfrom_into``. So
+a socket begins with the latter, and changes for good at its first burst; but the one on a
+wildcard address, which needs ``recvmsg_into`` anyway, asks for trains from the start.
 """
 
 import errno
@@ -14,9 +19,12 @@ from functools import partial
 from typing import Any, Final
 
 from relay.net.addresses import WILDCARDS
+from relay.net.offload import SEGMENT_ROOM, ControlMessage, Offload, TrainSender, segment_size
 from relay.net.reactor import Reactor
 
 READ_BUDGET: Final = 32  # datagrams per socket and turn of the reactor, at most
+TRAIN_BUDGET: Final = 4  # reads after which a train is the last; it takes as long as many others
+BURST: Final = 16  # datagrams read in one turn that tell bulk traffic from calls
 # Finding a socket empty costs an exception. Where datagrams come one at a time that is as much
 # as reading one, so after such a one the next few are read without looking for more.
 LONE_READS: Final = 4
@@ -41,8 +49,17 @@ USUAL_LOSSES: Final = tuple(
 SocketAddress = tuple[Any, ...]
 """What the kernel reports: (host, port), for IPv6 with flow label and scope."""
 
+Client = tuple[SocketAddress, bytes]
+"""A client's socket address, and that of ours which it wrote to, packed."""
+
 OnDatagram = Callable[[int, Any], None]
 """Takes size and source of a datagram that lies in the buffer."""
+
+OnTrain = Callable[[int, int, Any], None]
+"""Takes the size of a train that lies in the buffer, that of its datagrams, and their source.
+
+All datagrams have the same size but the last, which may be shorter.
+"""
 
 Lost = Callable[[str], None]
 """Takes what failed and why, such as ``send_enobufs``."""
@@ -85,35 +102,92 @@ def _set_buffers(sock: socket.socket, size: int) -> None:
             sock.setsockopt(socket.SOL_SOCKET, plain, size)
 
 
-class RelaySocket:
-    """The socket of one relay port in one family. It talks to peers."""
+class _Socket:
+    """What all sockets have in common: when they read, and how they read trains."""
 
-    __slots__ = ("_buffer", "_lone", "_lost", "_reactor", "_sendto", "_sock")
+    __slots__ = ("_buffer", "_lone", "_lost", "_offload", "_reads_trains", "_sock", "_trains")
 
     def __init__(
-        self, sock: socket.socket, buffer: memoryview, lost: Lost, reactor: Reactor
+        self, sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
     ) -> None:
         """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
         self._sock = sock
-        self._reactor = reactor
         self._buffer = buffer
         self._lost = lost
-        self._sendto = sock.sendto
+        self._offload = offload
+        self._trains = TrainSender(sock, offload)
+        self._reads_trains = False
         self._lone = 0
 
-    def receive(self, on_datagram: OnDatagram) -> None:
-        """Read what is there, within the budget; hand over size and source of each datagram."""
+    def _receive_trains(
+        self, on_datagram: OnDatagram, on_train: OnTrain, origin: Callable[[SocketAddress], Any]
+    ) -> None:
+        """Read what is there, within the budget; *origin* makes a peer or client of a source."""
+        receive, buffers = self._sock.recvmsg_into, (self._buffer,)
+        for count in range(1 if self._lone else READ_BUDGET):
+            try:
+                size, ancillary, _, source = receive(buffers, SEGMENT_ROOM)
+            except OSError as error:
+                self._pause(count, error)
+                return
+            if ancillary and (segment := segment_size(ancillary)):
+                on_train(size, segment, origin(source))
+                if count + 1 >= TRAIN_BUDGET:
+                    break
+            else:
+                on_datagram(size, origin(source))
+        if self._lone:
+            self._lone -= 1
+
+    def _pause(self, count: int, error: OSError) -> None:
+        """Note what to do next time, as the queue is empty now after *count* reads."""
+        if not isinstance(error, BlockingIOError):
+            self._lost(f"receive_{_name(error)}")
+        self._lone = LONE_READS if count <= 1 else 0
+        if count >= BURST:
+            self._expect_trains()
+
+    def _expect_trains(self) -> None:
+        """Read trains from here on, if the kernel makes any."""
+        if not self._reads_trains:
+            self._reads_trains = self._offload.receive_trains(self._sock)
+
+
+class RelaySocket(_Socket):
+    """The socket of one relay port in one family. It talks to peers."""
+
+    __slots__ = ("_reactor", "_sendto")
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        buffer: memoryview,
+        lost: Lost,
+        offload: Offload,
+        reactor: Reactor,
+    ) -> None:
+        """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
+        super().__init__(sock, buffer, lost, offload)
+        self._reactor = reactor
+        self._sendto = sock.sendto
+
+    def receive(self, on_datagram: OnDatagram, on_train: OnTrain) -> None:
+        """Read what is there, within the budget; hand over sizes and sources."""
+        if self._reads_trains:
+            self._receive_trains(on_datagram, on_train, _host_and_port)
+            return
         receive, buffer = self._sock.recvfrom_into, self._buffer
         for count in range(1 if self._lone else READ_BUDGET):
             try:
                 size, source = receive(buffer)
             except OSError as error:
-                self._lone = _lone_reads_after(count, error, self._lost)
+                self._pause(count, error)
                 return
-            # Of an IPv6 source, flow label and scope do not count.
             on_datagram(size, source if len(source) == 2 else source[:2])
         if self._lone:
             self._lone -= 1
+        else:
+            self._expect_trains()
 
     def send(self, datagram: memoryview | bytes, to: SocketAddress) -> bool:
         """Send one datagram to (host, port); return whether the kernel took it."""
@@ -124,38 +198,61 @@ class RelaySocket:
             return False
         return True
 
+    def send_train(
+        self, pieces: list[memoryview | bytes], each: int, size: int, to: SocketAddress
+    ) -> int:
+        """Send a train to (host, port), as :meth:`TrainSender.send` says."""
+        return self._trains.send(pieces, each, size, to)
+
     def close(self) -> None:
         """Stop reading at once; the port is given back after the present batch of events."""
         self._reactor.retire(self._sock)
+
+
+def _host_and_port(source: SocketAddress) -> SocketAddress:
+    """Return what counts of a peer: of an IPv6 source, flow label and scope do not."""
+    return source[:2]
 
 
 class RelayPorts:
     """Opens relay ports, and has the reactor read them."""
 
     def __init__(
-        self, reactor: Reactor, hosts: Mapping[int, str], buffer: memoryview, lost: Lost
+        self,
+        reactor: Reactor,
+        hosts: Mapping[int, str],
+        buffer: memoryview,
+        lost: Lost,
+        offload: Offload,
     ) -> None:
         """Take where to bind in each family, and what every :class:`RelaySocket` needs."""
         self._reactor = reactor
         self._hosts = hosts
         self._buffer = buffer
         self._lost = lost
+        self._offload = offload
 
-    def open(self, family: int, port: int, on_datagram: OnDatagram) -> RelaySocket:
-        """Bind a port, and call back with size and source of each datagram. Raises OSError."""
+    def open(
+        self, family: int, port: int, on_datagram: OnDatagram, on_train: OnTrain
+    ) -> RelaySocket:
+        """Bind a port, and call back with what arrives there. Raises OSError."""
         self._reactor.close_retired()  # it may be the very port
         sock = bind_udp(self._hosts[family], port, RELAY_BUFFER)
-        relay_socket = RelaySocket(sock, self._buffer, self._lost, self._reactor)
-        self._reactor.register(sock, partial(relay_socket.receive, on_datagram))
+        relay_socket = RelaySocket(sock, self._buffer, self._lost, self._offload, self._reactor)
+        self._reactor.register(sock, partial(relay_socket.receive, on_datagram, on_train))
         return relay_socket
 
 
-def listen(host: str, port: int, buffer: memoryview, lost: Lost) -> "ListeningSocket":
+def listen(
+    host: str, port: int, buffer: memoryview, lost: Lost, offload: Offload
+) -> "ListeningSocket":
     """Bind a socket for clients that reads into *buffer*. Raises OSError."""
-    return _listening(bind_udp(host, port, LISTEN_BUFFER), buffer, lost)
+    return _listening(bind_udp(host, port, LISTEN_BUFFER), buffer, lost, offload)
 
 
-def adopt(sock: socket.socket, buffer: memoryview, lost: Lost) -> "ListeningSocket":
+def adopt(
+    sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
+) -> "ListeningSocket":
     """Serve clients on a UDP socket that is bound already. Raises OSError.
 
     One for IPv6 must be for nothing else (IPV6_V6ONLY): ValueError says that it is not.
@@ -166,47 +263,53 @@ def adopt(sock: socket.socket, buffer: memoryview, lost: Lost) -> "ListeningSock
         raise ValueError("an IPv6 socket that takes IPv4 too (BindIPv6Only=ipv6-only is missing)")
     sock.setblocking(False)
     _prepare(sock, LISTEN_BUFFER)
-    return _listening(sock, buffer, lost)
+    return _listening(sock, buffer, lost, offload)
 
 
-def _listening(sock: socket.socket, buffer: memoryview, lost: Lost) -> "ListeningSocket":
+def _listening(
+    sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
+) -> "ListeningSocket":
     kind = WildcardSocket if sock.getsockname()[0] in WILDCARDS else ListeningSocket
-    return kind(sock, buffer, lost)
+    return kind(sock, buffer, lost, offload)
 
 
-class ListeningSocket:
+class ListeningSocket(_Socket):
     """A socket that clients talk to, bound to one address.
 
     Clients are pairs of socket address and local address; the latter is empty here, where
     there is only one.
     """
 
-    def __init__(self, sock: socket.socket, buffer: memoryview, lost: Lost) -> None:
+    def __init__(
+        self, sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
+    ) -> None:
         """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
-        self._sock = sock
-        self._buffer = buffer
-        self._lost = lost
-        self._lone = 0
+        super().__init__(sock, buffer, lost, offload)
         self.address: SocketAddress = sock.getsockname()
 
     def fileno(self) -> int:
         """Return the descriptor."""
         return self._sock.fileno()
 
-    def receive(self, on_datagram: OnDatagram) -> None:
-        """Read what is there, within the budget; hand over size and client of each datagram."""
+    def receive(self, on_datagram: OnDatagram, on_train: OnTrain) -> None:
+        """Read what is there, within the budget; hand over sizes and clients."""
+        if self._reads_trains:
+            self._receive_trains(on_datagram, on_train, _client)
+            return
         receive, buffer = self._sock.recvfrom_into, self._buffer
         for count in range(1 if self._lone else READ_BUDGET):
             try:
                 size, source = receive(buffer)
             except OSError as error:
-                self._lone = _lone_reads_after(count, error, self._lost)
+                self._pause(count, error)
                 return
             on_datagram(size, (source, b""))
         if self._lone:
             self._lone -= 1
+        else:
+            self._expect_trains()
 
-    def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> bool:
+    def send(self, datagram: memoryview | bytes, to: Client) -> bool:
         """Send one datagram to a client; return whether the kernel took it."""
         try:
             self._sock.sendto(datagram, to[0])
@@ -215,10 +318,18 @@ class ListeningSocket:
             return False
         return True
 
+    def send_train(self, pieces: list[memoryview | bytes], each: int, size: int, to: Client) -> int:
+        """Send a train to a client, as :meth:`TrainSender.send` says."""
+        return self._trains.send(pieces, each, size, to[0])
+
     def close(self) -> None:
         """Give the port back to the system."""
         with suppress(OSError):
             self._sock.close()
+
+
+def _client(source: SocketAddress) -> Client:
+    return source, b""
 
 
 class WildcardSocket(ListeningSocket):
@@ -228,32 +339,41 @@ class WildcardSocket(ListeningSocket):
     the route's preferred source may be another, which a client behind NAT would never hear.
     """
 
-    def __init__(self, sock: socket.socket, buffer: memoryview, lost: Lost) -> None:
+    def __init__(
+        self, sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
+    ) -> None:
         """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
-        super().__init__(sock, buffer, lost)
+        super().__init__(sock, buffer, lost, offload)
         self._buffers = [buffer]
-        self._sources: dict[bytes, list[tuple[int, int, bytes]]] = {}
+        self._sources: dict[bytes, tuple[ControlMessage]] = {}
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
             self._local_part = slice(0, 16)  # struct in6_pktinfo: destination, interface
         else:
             sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
             self._local_part = slice(4, 8)  # struct in_pktinfo: interface, local address, ...
+        offload.receive_trains(sock)
 
-    def receive(self, on_datagram: OnDatagram) -> None:
-        """Read what is there, within the budget; hand over size and client of each datagram."""
+    def receive(self, on_datagram: OnDatagram, on_train: OnTrain) -> None:
+        """Read what is there, within the budget; hand over sizes and clients."""
         receive, buffers, local_part = self._sock.recvmsg_into, self._buffers, self._local_part
         for count in range(1 if self._lone else READ_BUDGET):
             try:
-                size, ancillary, _, source = receive(buffers, _PKTINFO_ROOM)
+                size, ancillary, _, source = receive(buffers, _CONTROL_ROOM)
             except OSError as error:
-                self._lone = _lone_reads_after(count, error, self._lost)
+                self._pause(count, error)
                 return
-            on_datagram(size, (source, ancillary[0][2][local_part]))
+            client = (source, ancillary[-1][2][local_part])
+            if len(ancillary) == 1 or not (segment := segment_size(ancillary)):
+                on_datagram(size, client)
+            else:
+                on_train(size, segment, client)
+                if count + 1 >= TRAIN_BUDGET:
+                    break
         if self._lone:
             self._lone -= 1
 
-    def send(self, datagram: memoryview | bytes, to: tuple[SocketAddress, bytes]) -> bool:
+    def send(self, datagram: memoryview | bytes, to: Client) -> bool:
         """Send one datagram to a client, from the address that it wrote to.
 
         Returns whether the kernel took it.
@@ -267,7 +387,13 @@ class WildcardSocket(ListeningSocket):
             return False
         return True
 
-    def _source(self, local: bytes) -> list[tuple[int, int, bytes]]:
+    def send_train(self, pieces: list[memoryview | bytes], each: int, size: int, to: Client) -> int:
+        """Send a train to a client, from the address that it wrote to."""
+        address, local = to
+        source = self._sources.get(local) or self._source(local)
+        return self._trains.send(pieces, each, size, address, source)
+
+    def _source(self, local: bytes) -> tuple[ControlMessage]:
         """Return the control message that sets the source; the interface is the route's."""
         if len(self._sources) >= _MOST_LOCAL_ADDRESSES:
             self._sources.clear()
@@ -275,20 +401,14 @@ class WildcardSocket(ListeningSocket):
             info = (socket.IPPROTO_IPV6, _IPV6_PKTINFO, struct.pack("16sI", local, 0))
         else:
             info = (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("I4s4s", 0, local, bytes(4)))
-        source = self._sources[local] = [info]
+        source = self._sources[local] = (info,)
         return source
 
 
-_PKTINFO_ROOM: Final = socket.CMSG_SPACE(20)  # of the larger one, in6_pktinfo
+# What comes with a train, and the larger one of what else comes: in6_pktinfo.
+_CONTROL_ROOM: Final = SEGMENT_ROOM + socket.CMSG_SPACE(20)
 # A whole prefix can be local to a host (AnyIP); what is remembered of it stays small.
 _MOST_LOCAL_ADDRESSES: Final = 256
-
-
-def _lone_reads_after(count: int, error: OSError, lost: Lost) -> int:
-    """Return how many lone reads are to follow a socket that held *count* datagrams."""
-    if not isinstance(error, BlockingIOError):
-        lost(f"receive_{_name(error)}")
-    return LONE_READS if count <= 1 else 0
 
 
 def _name(error: OSError) -> str:

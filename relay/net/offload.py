@@ -1,0 +1,124 @@
+"""Trains: many datagrams of one flow and one size in a single read, and in a single send.
+
+With UDP_GRO the kernel hands over up to 128 datagrams in one read, end to end, and tells how
+long each is; only the last may be shorter. With UDP_SEGMENT it cuts what one call sends into
+such datagrams. A train costs about as much as a few single datagrams, so it is what makes
+bulk traffic cheap. A kernel or device that refuses gets datagrams one by one instead.
+
+UDP_GRO is never switched off again: what the kernel had joined before would then be read as
+one datagram, and nothing would tell. Switching it on is safe at any time: what waits in the
+queue is single, and stays so.
+"""
+
+import errno
+import logging
+import socket
+import struct
+import sys
+from collections.abc import Iterable
+from typing import Any, Final
+
+logger = logging.getLogger("relay.net.offload")
+
+# From <linux/udp.h>; the socket module lacks them.
+_SOL_UDP: Final = 17
+_UDP_SEGMENT: Final = 103
+_UDP_GRO: Final = 104
+_MAX_SEGMENTS: Final = 64  # UDP_MAX_SEGMENTS, which newer kernels have doubled
+_MAX_BYTES: Final = 65507  # payload of the largest datagram over IPv4
+SEGMENT_ROOM: Final = socket.CMSG_SPACE(struct.calcsize("i"))
+_pack_size = struct.Struct("H").pack
+
+ControlMessage = tuple[int, int, bytes]
+
+
+class Offload:
+    """Whether trains are wanted at all, and what was logged of those that were refused."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        """Use trains where they are possible, if they are *wanted*."""
+        self.wanted = wanted
+        self._logged: set[str] = set()
+
+    def receive_trains(self, sock: socket.socket) -> bool:
+        """Have the kernel hand over trains on *sock*; return whether it will."""
+        if not self.wanted:
+            return False
+        try:
+            sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+        except OSError as error:
+            self.wanted = False  # the kernel knows nothing of it, on any socket
+            self.log_once("no UDP_GRO (%s): datagrams are read one by one", error.strerror)
+            return False
+        return True
+
+    def log_once(self, message: str, *values: object) -> None:
+        """Log *message* with the *values* in it, unless it was logged before with any others."""
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.info(message, *values)
+
+
+def segment_size(ancillary: list[ControlMessage]) -> int:
+    """Return how long each datagram of a train is, or 0 if what was read is a single one."""
+    for level, kind, value in ancillary:
+        if level == _SOL_UDP and kind == _UDP_GRO:
+            return int.from_bytes(value, sys.byteorder)
+    return 0
+
+
+class TrainSender:
+    """Sends trains from one socket, for as long as the kernel takes them."""
+
+    __slots__ = ("_longest", "_offload", "_sock")
+
+    def __init__(self, sock: socket.socket, offload: Offload) -> None:
+        """Send from *sock*, which stays the caller's."""
+        self._sock = sock
+        self._offload = offload
+        self._longest = _MAX_BYTES  # no train of longer datagrams is tried
+
+    def send(
+        self,
+        pieces: list[memoryview | bytes],
+        each: int,
+        size: int,
+        to: tuple[Any, ...],
+        control: Iterable[ControlMessage] = (),
+    ) -> int:
+        """Send a train; return how many of its datagrams the kernel took, from the first on.
+
+        Every *each* of the *pieces* make a datagram of *size* bytes; the last may be shorter,
+        but not empty. What the kernel did not take can be sent one by one.
+        """
+        if size > self._longest:
+            return 0
+        control = (*control, (_SOL_UDP, _UDP_SEGMENT, _pack_size(size)))
+        most = min(_MAX_SEGMENTS, _MAX_BYTES // size) * each
+        for start in range(0, len(pieces), most):
+            try:
+                self._sock.sendmsg(pieces[start : start + most], control, 0, to)
+            except OSError as error:
+                self._refuse(size, error)
+                return start // each
+        return len(pieces) // each
+
+    def _refuse(self, size: int, error: OSError) -> None:
+        """Do not try again what can be expected to fail again."""
+        if error.errno in _TOO_LONG:
+            self._longest = size - 1
+            self._offload.log_once(
+                "UDP_SEGMENT refuses datagrams of %d bytes (%s): sent one by one",
+                size,
+                error.strerror,
+            )
+        elif error.errno in _NOT_SUPPORTED:
+            self._longest = 0
+            self._offload.log_once("no UDP_SEGMENT (%s): sent one by one", error.strerror)
+        # Else it is a shortage, or no way to there: the next train may have more luck.
+
+
+# Longer than the device can send unfragmented. Of old kernels it is EINVAL.
+_TOO_LONG: Final = frozenset({errno.EMSGSIZE, errno.EINVAL})
+# The device cannot compute checksums, or the route is encrypted (IPsec).
+_NOT_SUPPORTED: Final = frozenset({errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP})

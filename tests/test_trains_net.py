@@ -1,0 +1,348 @@
+"""Trains through the kernel's UDP_GRO and UDP_SEGMENT, and without them where it refuses."""
+
+import errno
+import logging
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from relay.net.offload import Offload, TrainSender
+from relay.net.reactor import Reactor
+from relay.net.udp import (
+    BURST,
+    READ_BUDGET,
+    TRAIN_BUDGET,
+    ListeningSocket,
+    RelaySocket,
+    WildcardSocket,
+    bind_udp,
+)
+
+SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104  # <linux/udp.h>
+WILDCARDS = {"127.0.0.1": "0.0.0.0", "::1": "::"}
+SIZE = 100
+
+every_host = pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+
+
+class Receiver:
+    """A socket under test, and what it handed over. Its turns are given by hand."""
+
+    def __init__(self, kind: str, host: str, stack: ExitStack, *, offload: bool = True) -> None:
+        self._buffer = bytearray(65535)
+        view = memoryview(self._buffer)
+        self._sock = stack.enter_context(
+            bind_udp(WILDCARDS[host] if kind == "wildcard" else host, 0, 4 << 20)
+        )
+        self.address = (host, self._sock.getsockname()[1])
+        wanted = Offload(wanted=offload)
+        self.under_test: RelaySocket | ListeningSocket
+        if kind == "relay":
+            reactor = Reactor()
+            stack.callback(reactor.close)
+            self.under_test = RelaySocket(self._sock, view, unexpected, wanted, reactor)
+        elif kind == "bound":
+            self.under_test = ListeningSocket(self._sock, view, unexpected, wanted)
+        else:
+            self.under_test = WildcardSocket(self._sock, view, unexpected, wanted)
+        self.reads: list[int] = []  # how many datagrams each of them held
+        self.datagrams: list[bytes] = []
+        self.sources: set[Any] = set()
+
+    def takes_a_turn(self) -> list[int]:
+        """Return how many datagrams each read held."""
+        self.reads = []
+        self.under_test.receive(self._on_datagram, self._on_train)
+        return self.reads
+
+    def takes_all(self) -> list[int]:
+        reads = []
+        while select.select([self._sock], [], [], 0)[0]:
+            reads += self.takes_a_turn()
+        return reads
+
+    def _on_datagram(self, size: int, source: Any) -> None:
+        self._take([bytes(self._buffer[:size])], source)
+
+    def _on_train(self, size: int, segment: int, source: Any) -> None:
+        assert segment < size
+        self._take(
+            [bytes(self._buffer[at:size][:segment]) for at in range(0, size, segment)], source
+        )
+
+    def _take(self, datagrams: list[bytes], source: Any) -> None:
+        self.reads.append(len(datagrams))
+        self.datagrams += datagrams
+        self.sources.add(source)
+
+
+class Sender:
+    """A plain socket, which can also send and receive trains."""
+
+    def __init__(self, host: str, stack: ExitStack) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.socket = stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self.socket.bind((host, 0))
+        self.socket.settimeout(10)
+        self.sent: list[bytes] = []
+
+    def sends(self, count: int, to: tuple[str, int], size: int = SIZE) -> None:
+        for _ in range(count):
+            self.sent.append(len(self.sent).to_bytes(size, "big"))
+            self.socket.sendto(self.sent[-1], to)
+
+    def sends_train(self, count: int, to: tuple[str, int], size: int = SIZE, last: int = 0) -> None:
+        train = [len(self.sent + [b""] * index).to_bytes(size, "big") for index in range(count)]
+        train += [b"x" * last] if last else []
+        self.sent += train
+        self.socket.sendmsg(train, [(SOL_UDP, UDP_SEGMENT, struct.pack("H", size))], 0, to)
+
+    def receives(self, count: int) -> list[bytes]:
+        return [self.socket.recv(65535) for _ in range(count)]
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+# --- Receiving -------------------------------------------------------------------------------
+
+
+@every_host
+def test_a_wildcard_socket_reads_trains_from_the_start(host: str, stack: ExitStack) -> None:
+    receiver, sender = Receiver("wildcard", host, stack), Sender(host, stack)
+
+    sender.sends(1, receiver.address)
+    sender.sends_train(32, receiver.address, last=7)
+    sender.sends(1, receiver.address)
+
+    assert receiver.takes_all() == [1, 33, 1]
+    assert receiver.datagrams == sender.sent
+    local = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    assert receiver.sources == {(sender.socket.getsockname(), local)}
+
+
+@every_host
+@pytest.mark.parametrize("kind", ["relay", "bound"])
+def test_other_sockets_read_trains_after_a_burst(kind: str, host: str, stack: ExitStack) -> None:
+    """What is in the queue meanwhile stays single, and nothing changes its place."""
+    receiver, sender = Receiver(kind, host, stack), Sender(host, stack)
+    sender.sends_train(32, receiver.address)
+    sender.sends_train(32, receiver.address)
+
+    assert receiver.takes_a_turn() == [1] * READ_BUDGET
+    sender.sends_train(32, receiver.address, last=7)
+    assert receiver.takes_all() == [1] * 32 + [33]
+    sender.sends(1, receiver.address)
+    sender.sends_train(32, receiver.address)
+    assert receiver.takes_all() == [1, 32]
+    assert receiver.datagrams == sender.sent
+    assert len(receiver.sources) == 1
+    address = sender.socket.getsockname()
+    assert receiver.sources == {address[:2] if kind == "relay" else (address, b"")}
+
+
+@pytest.mark.parametrize("kind", ["relay", "bound"])
+@pytest.mark.parametrize(("count", "is_a_burst"), [(BURST, True), (BURST - 1, False)])
+def test_what_counts_as_a_burst(kind: str, count: int, is_a_burst: bool, stack: ExitStack) -> None:
+    """Calls must not pay for what only bulk traffic is worth."""
+    receiver, sender = Receiver(kind, "127.0.0.1", stack), Sender("127.0.0.1", stack)
+    sender.sends(count, receiver.address)
+    receiver.takes_all()
+
+    sender.sends_train(10, receiver.address)
+
+    assert receiver.takes_all() == ([10] if is_a_burst else [1] * 10)
+    assert receiver.datagrams == sender.sent
+
+
+@pytest.mark.parametrize("kind", ["relay", "bound", "wildcard"])
+def test_without_offload_no_train_is_read(kind: str, stack: ExitStack) -> None:
+    receiver = Receiver(kind, "127.0.0.1", stack, offload=False)
+    sender = Sender("127.0.0.1", stack)
+
+    for _ in range(3):
+        sender.sends_train(32, receiver.address)
+        assert receiver.takes_all() == [1] * 32
+    assert receiver.datagrams == sender.sent
+
+
+@pytest.mark.parametrize("kind", ["relay", "bound", "wildcard"])
+def test_a_socket_full_of_trains_leaves_time_to_others(kind: str, stack: ExitStack) -> None:
+    receiver, sender = Receiver(kind, "127.0.0.1", stack), Sender("127.0.0.1", stack)
+    sender.sends(READ_BUDGET, receiver.address)
+    receiver.takes_all()
+
+    for _ in range(TRAIN_BUDGET + 1):
+        sender.sends_train(64, receiver.address)
+
+    assert receiver.takes_a_turn() == [64] * TRAIN_BUDGET
+    assert receiver.takes_all() == [64]
+
+
+# --- Sending ---------------------------------------------------------------------------------
+
+
+@every_host
+@pytest.mark.parametrize("kind", ["relay", "bound", "wildcard"])
+@pytest.mark.parametrize(
+    ("size", "count", "last"),
+    [
+        pytest.param(100, 10, 0, id="few"),
+        pytest.param(1200, 32, 1, id="a short one at the end"),
+        pytest.param(1, 128, 0, id="more than the kernel takes"),
+        pytest.param(1204, 54, 700, id="more bytes than the kernel takes"),
+        pytest.param(1023 + 4, 64, 0, id="grown past the limit by the headers"),
+        pytest.param(40_000, 2, 0, id="two that do not fit together"),
+        pytest.param(100, 64, 50, id="a single one left over"),
+    ],
+)
+def test_trains_arrive_as_datagrams(
+    kind: str, host: str, size: int, count: int, last: int, stack: ExitStack
+) -> None:
+    """Each is sent in two pieces."""
+    receiver, sender = Receiver(kind, host, stack), Sender(host, stack)
+    sender.sends(1, receiver.address)
+    receiver.takes_all()
+    datagrams = [bytes([number]) * size for number in range(count)]
+    datagrams += [b"x" * last] if last else []
+    pieces: list[memoryview | bytes] = []
+    for datagram in datagrams:
+        pieces += (datagram[:1], memoryview(datagram)[1:])
+
+    sent = receiver.under_test.send_train(pieces, 2, size, receiver.sources.pop())
+
+    assert sent == len(datagrams)
+    assert sender.receives(len(datagrams)) == datagrams
+    assert sender.socket.getsockname()[0] == host
+
+
+def test_a_wildcard_socket_sends_trains_from_the_address_that_was_asked(stack: ExitStack) -> None:
+    receiver, sender = Receiver("wildcard", "127.0.0.1", stack), Sender("127.0.0.1", stack)
+    asked = ("127.0.0.2", receiver.address[1])
+    sender.sends(1, asked)
+    receiver.takes_all()
+
+    receiver.under_test.send_train([b"one", b"two"], 1, 3, receiver.sources.pop())
+
+    assert [sender.socket.recvfrom(10) for _ in range(2)] == [(b"one", asked), (b"two", asked)]
+
+
+def test_a_train_is_one_call(stack: ExitStack) -> None:
+    """Seen by a receiver that has the kernel merge."""
+    receiver, sender = Receiver("relay", "127.0.0.1", stack), Sender("127.0.0.1", stack)
+    sender.socket.setsockopt(SOL_UDP, UDP_GRO, 1)
+
+    receiver.under_test.send_train([bytes(SIZE)] * 65, 1, SIZE, sender.socket.getsockname())
+
+    assert [len(train) for train in sender.receives(2)] == [64 * SIZE, SIZE]
+
+
+# --- A kernel or a device that refuses -------------------------------------------------------
+
+
+class Kernel:
+    """Stands in for a socket of a kernel that takes trains, unless *refusals* say otherwise."""
+
+    def __init__(self, *refusals: int | None) -> None:
+        self._refusals = list(refusals)
+        self.sizes: list[int] = []  # of the datagrams in each train that it was given
+
+    def sendmsg(self, _pieces: Any, control: Any, _flags: int, _to: Any) -> None:
+        self.sizes.append(struct.unpack("H", control[-1][2])[0])
+        refusal = self._refusals.pop(0) if self._refusals else None
+        if refusal is not None:
+            raise OSError(refusal, os.strerror(refusal))
+
+    def setsockopt(self, *_: Any) -> None:
+        raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EMSGSIZE])
+def test_longer_than_the_device_sends_is_not_tried_again(
+    error: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    kernel = Kernel(error)
+    sender = sender_of(kernel)
+
+    assert [send(sender, size) for size in (1400, 1400, 1500, 1399)] == [0, 0, 0, 2]
+    assert kernel.sizes == [1400, 1399]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"UDP_SEGMENT refuses datagrams of 1400 bytes ({os.strerror(error)}): sent one by one"
+    ]
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP])
+def test_a_device_that_cannot_is_not_asked_again(
+    error: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    kernel = Kernel(error)
+    sender = sender_of(kernel)
+
+    assert [send(sender, size) for size in (1400, 1400, 1)] == [0, 0, 0]
+    assert kernel.sizes == [1400]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [errno.ENOBUFS, errno.EAGAIN, errno.EPERM, errno.ENETUNREACH], ids=errno.errorcode.get
+)
+def test_what_may_pass_is_tried_again(error: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    sender = sender_of(Kernel(error))
+
+    assert [send(sender, 1400) for _ in range(3)] == [0, 2, 2]
+    assert caplog.records == []
+
+
+def test_what_went_out_before_a_refusal_counts() -> None:
+    sender = sender_of(Kernel(None, errno.ENOBUFS))
+
+    assert sender.send([b"x"] * 130, 1, 1, ("192.0.2.10", 5000)) == 64
+
+
+def test_a_kernel_without_udp_gro_is_asked_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    offload = Offload(wanted=True)
+    sock: Any = Kernel()
+
+    assert not offload.receive_trains(sock)
+    assert not offload.receive_trains(sock)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no UDP_GRO (Protocol not available): datagrams are read one by one"
+    ]
+
+
+def test_several_sockets_with_the_same_trouble_log_it_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    offload = Offload(wanted=True)
+    for _ in range(3):
+        send(sender_of(Kernel(errno.EIO), offload), 1400)
+
+    assert len(caplog.records) == 1
+
+
+def sender_of(kernel: Kernel, offload: Offload | None = None) -> TrainSender:
+    sock: Any = kernel
+    return TrainSender(sock, offload or Offload(wanted=True))
+
+
+def send(sender: TrainSender, size: int) -> int:
+    return sender.send([bytes(size)] * 2, 1, size, ("192.0.2.10", 5000))
+
+
+def unexpected(name: str) -> None:
+    raise AssertionError(name)
