@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Final
 
 from relay.net.addresses import WILDCARDS
+from relay.net.buffers import log_buffers, set_buffers
 from relay.net.offload import SEGMENT_ROOM, ControlMessage, Offload, TrainSender, segment_size
 from relay.net.reactor import Reactor
 
@@ -31,9 +32,7 @@ LONE_READS: Final = 4
 LISTEN_BUFFER: Final = 4 << 20  # bytes the kernel may queue for the listening socket
 RELAY_BUFFER: Final = 512 << 10  # for each relay port: a burst of 200 large datagrams
 
-# From <asm-generic/socket.h>, <linux/in.h> and <linux/in6.h>; the socket module lacks them.
-_SO_RCVBUFFORCE: Final = 33
-_SO_SNDBUFFORCE: Final = 32
+# From <linux/in.h> and <linux/in6.h>; the socket module lacks them.
 _IP_PKTINFO: Final = 8
 _IPV6_PKTINFO: Final = socket.IPV6_PKTINFO
 _IP_MTU_DISCOVER: Final = 10
@@ -87,19 +86,7 @@ def _prepare(sock: socket.socket, buffer_size: int) -> None:
         # DF stays clear, as RFC 8656 §14 wants without DONT-FRAGMENT, and no forged
         # "fragmentation needed" can shrink what is sent.
         sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_OMIT)
-    _set_buffers(sock, buffer_size)
-
-
-def _set_buffers(sock: socket.socket, size: int) -> None:
-    """Ask for queues of *size* bytes: past the system's limit if we may, else up to it."""
-    for forced, plain in (
-        (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
-        (_SO_SNDBUFFORCE, socket.SO_SNDBUF),
-    ):
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, forced, size)
-        except PermissionError:
-            sock.setsockopt(socket.SOL_SOCKET, plain, size)
+    set_buffers(sock, buffer_size)
 
 
 class _Socket:
@@ -231,6 +218,7 @@ class RelayPorts:
         self._buffer = buffer
         self._lost = lost
         self._offload = offload
+        self._logged_buffers = False
 
     def open(
         self, family: int, port: int, on_datagram: OnDatagram, on_train: OnTrain
@@ -238,6 +226,9 @@ class RelayPorts:
         """Bind a port, and call back with what arrives there. Raises OSError."""
         self._reactor.close_retired()  # it may be the very port
         sock = bind_udp(self._hosts[family], port, RELAY_BUFFER)
+        if not self._logged_buffers:  # by then privileges are dropped, so the first one tells
+            self._logged_buffers = True
+            log_buffers(sock, RELAY_BUFFER, "each relay port")
         relay_socket = RelaySocket(sock, self._buffer, self._lost, self._offload, self._reactor)
         self._reactor.register(sock, partial(relay_socket.receive, on_datagram, on_train))
         return relay_socket
@@ -269,7 +260,9 @@ def adopt(
 def _listening(
     sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
 ) -> "ListeningSocket":
-    kind = WildcardSocket if sock.getsockname()[0] in WILDCARDS else ListeningSocket
+    host = sock.getsockname()[0]
+    log_buffers(sock, LISTEN_BUFFER, f"the socket for clients on {host}")
+    kind = WildcardSocket if host in WILDCARDS else ListeningSocket
     return kind(sock, buffer, lost, offload)
 
 

@@ -1,0 +1,49 @@
+"""How many bytes the kernel may queue for a socket, and what the operator can do about it.
+
+Short queues lose datagrams in a burst. The limit of the system is net.core.rmem_max and
+net.core.wmem_max, about 200 KiB unless someone raised it; CAP_NET_ADMIN gets past it.
+"""
+
+import logging
+import socket
+from typing import Final
+
+logger = logging.getLogger("relay.net.buffers")
+
+# From <asm-generic/socket.h>; the socket module lacks them.
+_SO_SNDBUFFORCE: Final = 32
+_SO_RCVBUFFORCE: Final = 33
+
+_DIRECTIONS: Final = (
+    (socket.SO_RCVBUF, _SO_RCVBUFFORCE, "net.core.rmem_max"),
+    (socket.SO_SNDBUF, _SO_SNDBUFFORCE, "net.core.wmem_max"),
+)
+
+
+def set_buffers(sock: socket.socket, size: int) -> None:
+    """Ask for queues of *size* bytes: past the system's limit if we may, else up to it."""
+    for plain, forced, _ in _DIRECTIONS:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, forced, size)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, plain, size)
+
+
+def log_buffers(sock: socket.socket, size: int, whose: str) -> None:
+    """Log the queues that *sock* got, and how to get the *size* that was asked for."""
+    # The kernel doubles what is asked for, to make room for what it adds to each datagram.
+    actual = [sock.getsockopt(socket.SOL_SOCKET, plain) // 2 for plain, _, _ in _DIRECTIONS]
+    logger.info("%s: the kernel queues %d bytes to read, %d to send", whose, *actual)
+    limits = [
+        f"{limit}={size}"
+        for (_, _, limit), got in zip(_DIRECTIONS, actual, strict=True)
+        if got < size
+    ]
+    if limits:
+        logger.warning(
+            "%s: bursts may be lost, as the queues are shorter than %d bytes. To change that: "
+            "sysctl -w %s",
+            whose,
+            size,
+            " ".join(limits),
+        )

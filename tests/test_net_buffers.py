@@ -1,0 +1,89 @@
+"""The kernel's queues, and what is said of them."""
+
+import logging
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relay.net.buffers import log_buffers, set_buffers
+from relay.net.udp import LISTEN_BUFFER, RELAY_BUFFER
+from tests.process import RelayProcess, free_port
+from tests.turnclient import TurnClient
+
+SIZE = 1 << 20
+
+
+def test_the_size_that_was_asked_for_is_worth_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        set_buffers(sock, 65536)
+        log_buffers(sock, 65536, "a socket")
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "a socket: the kernel queues 65536 bytes to read, 65536 to send"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("actual", "commands"),
+    [
+        pytest.param(
+            (212992, 212992), ["net.core.rmem_max=1048576 net.core.wmem_max=1048576"], id="both"
+        ),
+        pytest.param((SIZE, SIZE - 1), ["net.core.wmem_max=1048576"], id="to send"),
+        pytest.param((0, 2 * SIZE), ["net.core.rmem_max=1048576"], id="to read"),
+        pytest.param((SIZE, SIZE), [], id="neither"),
+    ],
+)
+def test_less_is_warned_of_with_the_command_that_helps(
+    actual: tuple[int, int], commands: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    sock: Any = Limited(actual)
+
+    log_buffers(sock, SIZE, "a socket")
+
+    warnings = [record.getMessage() for record in caplog.records]
+    assert [warning.partition("sysctl -w ")[2] for warning in warnings] == commands
+
+
+def test_a_relay_without_privileges_says_what_it_got() -> None:
+    """Once for the listening socket of each family, and once for all relay ports."""
+    prefix: tuple[str, ...] = ()
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("giving up a capability takes setpriv")
+        prefix = ("setpriv", "--bounding-set=-net_admin")
+    with RelayProcess(port=free_port(), prefix=prefix) as relay:
+        for _ in range(2):
+            server = ("127.0.0.1", relay.port)
+            with TurnClient(server, relay.username, relay.password) as alice:
+                alice.allocates()
+    log = relay.errors()
+    for whose, size in (
+        ("the socket for clients on 0.0.0.0", LISTEN_BUFFER),
+        ("the socket for clients on ::", LISTEN_BUFFER),
+        ("each relay port", RELAY_BUFFER),
+    ):
+        read, send = (min(size, limit(name)) for name in ("rmem_max", "wmem_max"))
+        assert log.count(f"{whose}: the kernel queues {read} bytes to read, {send} to send") == 1
+        assert log.count(f"{whose}: bursts may be lost") == (min(read, send) < size)
+
+
+def limit(name: str) -> int:
+    return int(Path("/proc/sys/net/core", name).read_text())
+
+
+class Limited:
+    """A socket whose queues have a size of their own, whatever was asked for."""
+
+    def __init__(self, actual: tuple[int, int]) -> None:
+        self._actual = dict(zip((socket.SO_RCVBUF, socket.SO_SNDBUF), actual, strict=True))
+
+    def getsockopt(self, _level: int, option: int) -> int:
+        return 2 * self._actual[option]
