@@ -1,0 +1,164 @@
+"""What 32 datagrams cost at the sockets: waking up for them, reading them, sending them.
+
+Compare one by one with a train, and the kinds of sockets with each other: the one on a
+wildcard address has to learn and to say which of our addresses was asked. All is loopback,
+where a send includes the kernel putting the datagram into the queue of who reads it.
+"""
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Final
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from relay.net.offload import Offload
+from relay.net.reactor import Reactor
+from relay.net.udp import (
+    READ_BUDGET,
+    ListeningSocket,
+    RelaySocket,
+    WildcardSocket,
+    bind_udp,
+)
+
+COUNT: Final = READ_BUDGET
+ROUNDS: Final = {"rounds": 500, "warmup_rounds": 5}
+
+every_kind = pytest.mark.parametrize("kind", ["relay", "bound", "wildcard"])
+every_size = pytest.mark.parametrize("size", [160, 1200])
+
+
+def test_wake_up(benchmark: BenchmarkFixture, ends: "Ends") -> None:
+    """A turn of the reactor for one readable socket, whose handler does nothing."""
+    reactor = Reactor()
+    reactor.register(ends.outside, lambda: None)
+    ends.sends_to(ends.outside.getsockname(), 1, 160)
+    benchmark(reactor.turn)
+    reactor.close()
+
+
+@every_kind
+@every_size
+def test_read_single_datagrams(
+    benchmark: BenchmarkFixture, ends: "Ends", kind: str, size: int
+) -> None:
+    sock = ends.opens(kind, offload=False)
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        ends.turn_of(sock), setup=partial(ends.sends, COUNT, size), **ROUNDS
+    )
+    assert ends.reads == {1}
+
+
+@every_kind
+@every_size
+def test_read_a_train(benchmark: BenchmarkFixture, ends: "Ends", kind: str, size: int) -> None:
+    """One read, and another one to see that there is no more."""
+    sock = ends.opens(kind)
+    ends.sends(COUNT, size)  # as nobody expects trains before a burst
+    ends.turn_of(sock)()
+    ends.reads.clear()
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        ends.turn_of(sock), setup=partial(ends.sends_train, COUNT, size), **ROUNDS
+    )
+    assert ends.reads == {COUNT}
+
+
+@every_kind
+@every_size
+def test_send_single_datagrams(
+    benchmark: BenchmarkFixture, ends: "Ends", kind: str, size: int
+) -> None:
+    sock, to = ends.opens(kind), ends.address_for(kind)
+    datagram = memoryview(bytes(size))
+
+    def send() -> None:
+        for _ in range(COUNT):
+            sock.send(datagram, to)
+
+    benchmark.pedantic(send, setup=ends.drain, **ROUNDS)  # type: ignore[no-untyped-call]
+
+
+@every_kind
+@every_size
+def test_send_a_train(benchmark: BenchmarkFixture, ends: "Ends", kind: str, size: int) -> None:
+    """To someone who reads it one by one."""
+    sock, to = ends.opens(kind), ends.address_for(kind)
+    pieces: list[memoryview | bytes] = [memoryview(bytes(size))] * COUNT
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        partial(sock.send_train, pieces, 1, size, to), setup=ends.drain, **ROUNDS
+    )
+
+
+class Ends:
+    """A socket of each kind, as it is wanted, and one outside."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._buffer = memoryview(bytearray(65535))
+        self.outside = stack.enter_context(bind_udp("127.0.0.1", 0, 4 << 20))
+        self.reads: set[int] = set()  # how many datagrams were read at once
+
+    def opens(self, kind: str, *, offload: bool = True) -> Any:  # noqa: ANN401
+        """Open a socket to be measured."""
+        host = "0.0.0.0" if kind == "wildcard" else "127.0.0.1"
+        sock = self._stack.enter_context(bind_udp(host, 0, 4 << 20))
+        self._address = ("127.0.0.1", sock.getsockname()[1])
+        wanted = Offload(wanted=offload)
+        if kind == "relay":
+            reactor = Reactor()
+            self._stack.callback(reactor.close)
+            return RelaySocket(sock, self._buffer, fail, wanted, reactor)
+        kinds = {"bound": ListeningSocket, "wildcard": WildcardSocket}
+        return kinds[kind](sock, self._buffer, fail, wanted)
+
+    def address_for(self, kind: str) -> tuple[Any, ...]:
+        """Return that of the socket outside, as the socket to be measured names it."""
+        address: tuple[str, int] = self.outside.getsockname()
+        if kind == "relay":
+            return address
+        return address, bytes([127, 0, 0, 1]) if kind == "wildcard" else b""
+
+    def turn_of(self, sock: Any) -> Callable[[], None]:  # noqa: ANN401
+        """Return what reads the socket that was opened."""
+        return partial(sock.receive, self._on_datagram, self._on_train)
+
+    def sends(self, count: int, size: int) -> None:
+        """Send single datagrams to the socket that was opened."""
+        self.sends_to(self._address, count, size)
+
+    def sends_to(self, address: tuple[str, int], count: int, size: int) -> None:
+        """Send single datagrams."""
+        for _ in range(count):
+            self.outside.sendto(bytes(size), address)
+
+    def sends_train(self, count: int, size: int) -> None:
+        """Send a train to the socket that was opened."""
+        segment = (17, 103, struct.pack("H", size))  # SOL_UDP, UDP_SEGMENT
+        self.outside.sendmsg([bytes(size * count)], [segment], 0, self._address)
+
+    def drain(self) -> None:
+        """Read what was sent outside."""
+        try:
+            while True:
+                self.outside.recv_into(self._buffer)
+        except BlockingIOError:
+            pass
+
+    def _on_datagram(self, _size: int, _source: object) -> None:
+        self.reads.add(1)
+
+    def _on_train(self, size: int, segment: int, _source: object) -> None:
+        self.reads.add(size // segment)
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    with ExitStack() as stack:
+        yield Ends(stack)
+
+
+def fail(what: str) -> None:
+    raise AssertionError(what)
