@@ -125,9 +125,10 @@ class Daemon:
             counters=self.counters,
         )
         for listener in self._listeners.values():
-            self.reactor.register(
-                listener, partial(listener.receive, self._not_yet, self._not_yet_either)
-            )
+            for sock in listener.sockets:
+                self.reactor.register(
+                    sock, partial(sock.receive, self._not_yet, self._not_yet_either)
+                )
         self.reactor.register(self.mailbox, self.mailbox.deliver)
         self._health = self._health_server()
         self._portal = None if config.token is None else self._portal_client(config.token)
@@ -269,15 +270,10 @@ class Daemon:
             return
         self._serving = True
         self.monitor.not_ready = None
+        serve = (self.forwarder.on_client_datagram, self.forwarder.on_client_train)
         for listener in self._listeners.values():
-            self.reactor.reassign(
-                listener,
-                partial(
-                    listener.receive,
-                    self.forwarder.on_client_datagram,
-                    self.forwarder.on_client_train,
-                ),
-            )
+            for sock in listener.sockets:
+                self.reactor.reassign(sock, partial(sock.receive, *serve))
         listening = [format_endpoint(*one.address[:2]) for one in self._listeners.values()]
         logger.info(
             "relaying: listening on %s, allocations on ports %d-%d",

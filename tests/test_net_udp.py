@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,62 @@ def test_ipv6_answers_too() -> None:
     asks_and_is_answered("::", "::1")
 
 
+@pytest.mark.parametrize(("wildcard", "address"), [("0.0.0.0", "127.0.0.1"), ("::", "::1")])
+def test_an_address_has_a_socket_of_its_own_but_its_clients_look_the_same(
+    wildcard: str, address: str
+) -> None:
+    """As they do to the wildcard socket, which serves what the host has got later."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    beside = asks_and_is_answered(wildcard, address)
+    sock = bind_udp(wildcard, 0, 65536)
+    alone = WildcardSocket(sock, memoryview(bytearray(100)), _unexpected, OFF)
+    clients: list[tuple[Any, bytes]] = []
+    with socket.socket(family, socket.SOCK_DGRAM) as client:
+        client.connect((address, alone.address[1]))
+        client.send(b"ask")
+        alone.receive(lambda _, client: clients.append(client), _no_train)
+        assert clients[0][0] == client.getsockname()
+    alone.close()
+
+    assert clients[0][1] == beside[1] == socket.inet_pton(family, address)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "127.0.0.9"])
+def test_nobody_else_can_bind_to_what_we_listen_on(address: str) -> None:
+    listener = listen("0.0.0.0", 0, memoryview(bytearray(100)), _unexpected, OFF)
+    with pytest.raises(OSError, match="in use"):
+        bind_udp(address, listener.address[1], 65536, reuse_address=True)
+    listener.close()
+
+
+def test_closing_a_wildcard_socket_gives_back_the_port_at_all_addresses() -> None:
+    listener = listen("0.0.0.0", 0, memoryview(bytearray(100)), _unexpected, OFF)
+    assert len(listener.sockets) > 1
+    listener.close()
+
+    bind_udp("127.0.0.1", listener.address[1], 65536).close()
+
+
+MANY = [f"127.0.0.{number}" for number in range(10, 99)]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "bound"),
+    [
+        pytest.param(["192.0.2.254", "127.0.0.8", "::1"], ["127.0.0.8"], id="not ours"),
+        pytest.param(MANY, MANY[:16], id="too many"),
+    ],
+)
+def test_other_hosts_are_left_to_the_wildcard_socket(hosts: list[str], bound: list[str]) -> None:
+    sock = bind_udp("0.0.0.0", 0, 65536)
+    listener = WildcardSocket(sock, memoryview(bytearray(100)), _unexpected, OFF)
+    listener.bind_beside(hosts)
+
+    assert listener.sockets[0] is listener
+    assert [beside.address[0] for beside in listener.sockets[1:]] == bound
+    listener.close()
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_a_socket_bound_to_one_address_needs_no_such_care(address: str) -> None:
     client = asks_and_is_answered(address, address)
@@ -129,7 +186,9 @@ def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
         client.connect((address, listener.address[1]))  # hears from nobody else
         client.settimeout(10)
         client.send(b"ask")
-        listener.receive(take, _no_train)
+        ready, _, _ = select.select(listener.sockets, [], [], 10)
+        assert len(ready) == 1
+        ready[0].receive(take, _no_train)
         assert bytes(buffer[:3]) == b"ask"
         listener.send(b"answer", clients[0])
         assert client.recv(100) == b"answer"

@@ -13,12 +13,12 @@ wildcard address, which needs ``recvmsg_into`` anyway, asks for trains from the 
 import errno
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
-from relay.net.addresses import WILDCARDS
+from relay.net.addresses import WILDCARDS, local_addresses
 from relay.net.buffers import log_buffers, set_buffers
 from relay.net.offload import SEGMENT_ROOM, ControlMessage, Offload, TrainSender, segment_size
 from relay.net.reactor import Reactor
@@ -64,14 +64,21 @@ Lost = Callable[[str], None]
 """Takes what failed and why, such as ``send_enobufs``."""
 
 
-def bind_udp(host: str, port: int, buffer_size: int) -> socket.socket:
-    """Return a non-blocking UDP socket bound to *host* and *port*. Raises OSError."""
+def bind_udp(
+    host: str, port: int, buffer_size: int, *, reuse_address: bool = False
+) -> socket.socket:
+    """Return a non-blocking UDP socket bound to *host* and *port*. Raises OSError.
+
+    With *reuse_address* another socket may hold the port that allows it too (SO_REUSEADDR).
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         _prepare(sock, buffer_size)
+        if reuse_address:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
     except BaseException:
         sock.close()
@@ -262,23 +269,33 @@ def _listening(
 ) -> "ListeningSocket":
     host = sock.getsockname()[0]
     log_buffers(sock, LISTEN_BUFFER, f"the socket for clients on {host}")
-    kind = WildcardSocket if host in WILDCARDS else ListeningSocket
-    return kind(sock, buffer, lost, offload)
+    if host not in WILDCARDS:
+        return ListeningSocket(sock, buffer, lost, offload)
+    wildcard = WildcardSocket(sock, buffer, lost, offload)
+    wildcard.bind_beside(local_addresses())
+    return wildcard
 
 
 class ListeningSocket(_Socket):
     """A socket that clients talk to, bound to one address.
 
-    Clients are pairs of socket address and local address; the latter is empty here, where
-    there is only one.
+    Clients are pairs of socket address and local address; the latter is the same for all here.
     """
 
     def __init__(
-        self, sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
+        self,
+        sock: socket.socket,
+        buffer: memoryview,
+        lost: Lost,
+        offload: Offload,
+        local: bytes = b"",
     ) -> None:
         """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
         super().__init__(sock, buffer, lost, offload)
+        self._local = local
+        self.sendto = sock.sendto
         self.address: SocketAddress = sock.getsockname()
+        self.sockets: list[ListeningSocket] = [self]  # what there is to read
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -287,16 +304,16 @@ class ListeningSocket(_Socket):
     def receive(self, on_datagram: OnDatagram, on_train: OnTrain) -> None:
         """Read what is there, within the budget; hand over sizes and clients."""
         if self._reads_trains:
-            self._receive_trains(on_datagram, on_train, _client)
+            self._receive_trains(on_datagram, on_train, self._client)
             return
-        receive, buffer = self._sock.recvfrom_into, self._buffer
+        receive, buffer, local = self._sock.recvfrom_into, self._buffer, self._local
         for count in range(1 if self._lone else READ_BUDGET):
             try:
                 size, source = receive(buffer)
             except OSError as error:
                 self._pause(count, error)
                 return
-            on_datagram(size, (source, b""))
+            on_datagram(size, (source, local))
         if self._lone:
             self._lone -= 1
         else:
@@ -305,7 +322,7 @@ class ListeningSocket(_Socket):
     def send(self, datagram: memoryview | bytes, to: Client) -> bool:
         """Send one datagram to a client; return whether the kernel took it."""
         try:
-            self._sock.sendto(datagram, to[0])
+            self.sendto(datagram, to[0])
         except OSError as error:
             self._lost(f"send_{_name(error)}")
             return False
@@ -320,9 +337,8 @@ class ListeningSocket(_Socket):
         with suppress(OSError):
             self._sock.close()
 
-
-def _client(source: SocketAddress) -> Client:
-    return source, b""
+    def _client(self, source: SocketAddress) -> Client:
+        return source, self._local
 
 
 class WildcardSocket(ListeningSocket):
@@ -330,6 +346,11 @@ class WildcardSocket(ListeningSocket):
 
     It notes which of them each datagram was sent to, and answers from that one (IP_PKTINFO):
     the route's preferred source may be another, which a client behind NAT would never hear.
+
+    The system calls for that cost a quarter more. So each address that the host has at start gets
+    a socket of its own, bound to it beside this one. To them the kernel gives what is sent
+    there; the wildcard is left for addresses that the host gets later. A client looks the same
+    either way, and answers go through this socket, which knows where from.
     """
 
     def __init__(
@@ -338,6 +359,7 @@ class WildcardSocket(ListeningSocket):
         """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
         super().__init__(sock, buffer, lost, offload)
         self._buffers = [buffer]
+        self._beside: dict[bytes, ListeningSocket] = {}
         self._sources: dict[bytes, tuple[ControlMessage]] = {}
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
@@ -346,6 +368,25 @@ class WildcardSocket(ListeningSocket):
             sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
             self._local_part = slice(4, 8)  # struct in_pktinfo: interface, local address, ...
         offload.receive_trains(sock)
+
+    def bind_beside(self, hosts: Iterable[str]) -> None:
+        """Bind a socket to each of *hosts* that can be bound, but not to too many."""
+        family, port = self._sock.family, self.address[1]
+        ours = [host for host in sorted(hosts) if (":" in host) == (family == socket.AF_INET6)]
+        sharing = [self._sock]
+        # Only in here, or anybody could bind to our addresses too and take what is sent to us.
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for host in ours[:_MOST_BESIDE]:
+            with suppress(OSError):  # such as a link-local one; the wildcard serves it as well
+                sock = bind_udp(host, port, LISTEN_BUFFER, reuse_address=True)
+                sharing.append(sock)
+                local = socket.inet_pton(family, host)
+                self._beside[local] = ListeningSocket(
+                    sock, self._buffer, self._lost, self._offload, local
+                )
+        for sock in sharing:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        self.sockets += self._beside.values()
 
     def receive(self, on_datagram: OnDatagram, on_train: OnTrain) -> None:
         """Read what is there, within the budget; hand over sizes and clients."""
@@ -372,9 +413,13 @@ class WildcardSocket(ListeningSocket):
         Returns whether the kernel took it.
         """
         address, local = to
+        beside = self._beside.get(local)
         try:
-            source = self._sources.get(local) or self._source(local)
-            self._sock.sendmsg((datagram,), source, 0, address)
+            if beside is not None:
+                beside.sendto(datagram, address)
+            else:
+                source = self._sources.get(local) or self._source(local)
+                self._sock.sendmsg((datagram,), source, 0, address)
         except OSError as error:
             self._lost(f"send_{_name(error)}")
             return False
@@ -383,8 +428,17 @@ class WildcardSocket(ListeningSocket):
     def send_train(self, pieces: list[memoryview | bytes], each: int, size: int, to: Client) -> int:
         """Send a train to a client, from the address that it wrote to."""
         address, local = to
+        beside = self._beside.get(local)
+        if beside is not None:
+            return beside.send_train(pieces, each, size, to)
         source = self._sources.get(local) or self._source(local)
         return self._trains.send(pieces, each, size, address, source)
+
+    def close(self) -> None:
+        """Give the port back to the system, at all addresses."""
+        for beside in self._beside.values():
+            beside.close()
+        super().close()
 
     def _source(self, local: bytes) -> tuple[ControlMessage]:
         """Return the control message that sets the source; the interface is the route's."""
@@ -400,6 +454,7 @@ class WildcardSocket(ListeningSocket):
 
 # What comes with a train, and the larger one of what else comes: in6_pktinfo.
 _CONTROL_ROOM: Final = SEGMENT_ROOM + socket.CMSG_SPACE(20)
+_MOST_BESIDE: Final = 16  # sockets for one address each
 # A whole prefix can be local to a host (AnyIP); what is remembered of it stays small.
 _MOST_LOCAL_ADDRESSES: Final = 256
 
