@@ -50,7 +50,7 @@ LARGEST_DATAGRAM: Final = 65535
 # STUN over UDP stays below the MTU (RFC 8489 §6.1); longer messages only cost time to read.
 LARGEST_STUN: Final = 2048
 _NEITHER: Final = 0xFF  # a first byte that is neither STUN nor ChannelData
-_pack, _pack_into = HEADER.pack, HEADER.pack_into
+_pack, _pack_into, _unpack_from = HEADER.pack, HEADER.pack_into, HEADER.unpack_from
 
 Pieces = list[memoryview | bytes]
 """What a train is made of, in order."""
@@ -163,13 +163,15 @@ class Forwarder:
 
     def on_client_datagram(self, size: int, client: ClientAddress) -> None:
         """Serve a datagram of *size* bytes from *client*, which lies at the buffer's start."""
-        first = self._buffer[0] if size else _NEITHER
-        if 0x40 <= first <= self._last_channel_byte:
-            self._on_channel_data(size, client)
-        elif first <= 0x03:
-            self._on_stun(size, client)
-        else:
-            self._drop(Drop.UNKNOWN_PROTOCOL)
+        if size >= HEADER_SIZE:
+            number, length = _unpack_from(self._buffer)
+            route = self._to_peer.get((client, number))
+            if route is not None and length + HEADER_SIZE <= size:
+                sender, peer = route
+                if sender.send(self._view[HEADER_SIZE : HEADER_SIZE + length], peer):
+                    self._sizes_to_peer[length] += 1
+                return
+        self._on_anything_else(size, client)
 
     def on_peer_datagram(
         self, routes: dict[PeerAddress, ToClient], size: int, peer: PeerAddress
@@ -231,19 +233,16 @@ class Forwarder:
         self._ports.clear()
         self._to_peer.clear()
 
-    def _on_channel_data(self, size: int, client: ClientAddress) -> None:
-        frame = parse(self._buffer, size)
-        if frame is None:
-            self._drop(Drop.MALFORMED_CHANNEL_DATA)
-            return
-        number, length = frame
-        route = self._to_peer.get((client, number))
-        if route is None:
-            self._drop(Drop.UNBOUND_CHANNEL)
-            return
-        sender, peer = route
-        if sender.send(self._view[HEADER_SIZE : HEADER_SIZE + length], peer):
-            self._sizes_to_peer[length] += 1
+    def _on_anything_else(self, size: int, client: ClientAddress) -> None:
+        """Serve what is not ChannelData; drop what is, as it cannot be relayed."""
+        first = self._buffer[0] if size else _NEITHER
+        if 0x40 <= first <= self._last_channel_byte:
+            is_malformed = parse(self._buffer, size) is None
+            self._drop(Drop.MALFORMED_CHANNEL_DATA if is_malformed else Drop.UNBOUND_CHANNEL)
+        elif first <= 0x03:
+            self._on_stun(size, client)
+        else:
+            self._drop(Drop.UNKNOWN_PROTOCOL)
 
     def _relay_to_peer(self, size: int, segment: int, client: ClientAddress) -> int:
         """Relay a train that is alike; return how many of its datagrams were, from the first on.
