@@ -449,7 +449,8 @@ OPTIONS: Final = (
         "offload",
         "OFFLOAD",
         _choice(auto=True, off=False),
-        "auto: read and send trains of datagrams at once where the kernel can; off: one by one",
+        "auto: read and send trains of datagrams at once where the kernel can (UDP_GRO, "
+        "UDP_SEGMENT); off: one by one",
         SPECIAL,
         default="auto",
         metavar="WHEN",

@@ -29,6 +29,7 @@ _firezone_relay() {
         --log-level) words='debug info warning error' ;;
         --harden) words='auto require off' ;;
         --channel-range) words='rfc8656 rfc5766' ;;
+        --offload) words='auto off' ;;
         --one-allocation-per-username | --no-one-allocation-per-username | \
         --check-config | \
         --print-config | \
@@ -40,7 +41,8 @@ _firezone_relay() {
             --no-one-allocation-per-username --max-allocations --max-allocations-per-username
             --max-allocations-per-ip --unauthenticated-rate --unauthenticated-rate-per-prefix
             --log-format --log-level --http-addr --harden --drain-timeout --channel-range
-            --software --rng-seed -c --config --check-config --print-config --version -h --help'
+            --offload --software --rng-seed -c --config --check-config --print-config --version
+            -h --help'
             ;;
     esac
     mapfile -t COMPREPLY < <(compgen -P "$before" -W "$words" -- "$word")
