@@ -27,7 +27,7 @@ from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor, log_bug
 from relay.net.signals import Signals
-from relay.net.udp import USUAL_LOSSES, ListeningSocket, RelayPorts
+from relay.net.udp import QUEUE_FULL, USUAL_LOSSES, ListeningSocket, RelayPorts
 from relay.portal.client import PortalClient
 from relay.portal.endpoint import endpoint
 from relay.portal.phoenix import (
@@ -104,7 +104,7 @@ class Daemon:
             randbelow=rng.randrange,
             now=self.reactor.clock(),
         )
-        self.monitor = Monitor(self.server, self.counters, self.reactor)
+        self.monitor = Monitor(self.server, self.counters, self.reactor, self._listeners.values())
         self.forwarder = Forwarder(
             self.server,
             buffer=self._buffer,
@@ -325,7 +325,7 @@ class Daemon:
                 self.monitor.status,
                 version=__version__,
                 on_start=partial(self._name_thread, "health"),
-                drop_reasons=[*(reason.value for reason in Drop), *USUAL_LOSSES],
+                drop_reasons=[*(reason.value for reason in Drop), *USUAL_LOSSES, QUEUE_FULL],
                 auth_failure_reasons=[reason.value for reason in AuthFailure],
             )
         except OSError as error:

@@ -1,12 +1,13 @@
 """What the relay says of itself: to probes and Prometheus, to systemd, and to the log."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from relay.exposition import Status
 from relay.metrics import Counters
 from relay.net.reactor import Reactor
+from relay.net.udp import QUEUE_FULL, ListeningSocket
 from relay.turn.server import Server
 
 LAG_WINDOW: Final = 15.0  # seconds for which a long turn of the loop is remembered, at least
@@ -15,7 +16,13 @@ LAG_WINDOW: Final = 15.0  # seconds for which a long turn of the loop is remembe
 class Monitor:
     """Puts together what others count. :meth:`status` may be called from any thread."""
 
-    def __init__(self, server: Server, counters: Counters, reactor: Reactor) -> None:
+    def __init__(
+        self,
+        server: Server,
+        counters: Counters,
+        reactor: Reactor,
+        listeners: Collection[ListeningSocket],
+    ) -> None:
         """Watch these from here on."""
         self.not_ready: str | None = "starting"
         self.portal_connected: bool | None = None  # None: there is no portal
@@ -23,6 +30,7 @@ class Monitor:
         self._server = server
         self._counters = counters
         self._reactor = reactor
+        self._listeners = listeners
         self._started = time.monotonic()
         self._lag_before, self._window_began = 0.0, self._started
         self._last_line = (self._started, 0)  # when, and how many bytes were relayed until then
@@ -35,6 +43,7 @@ class Monitor:
 
     def status(self) -> Status:
         """Return what the relay is at this moment."""
+        self._count_overflows()
         awake_since = self._reactor.awake_since
         return Status(
             not_ready=self.not_ready,
@@ -67,6 +76,7 @@ class Monitor:
 
     def summary(self) -> str:
         """Say everything there is to say."""
+        self._count_overflows()
         parts = [f"{self.line()}, up for {time.monotonic() - self._started:.0f} s"]
         for name, sizes, relayed in (
             ("client to peer", self._counters.to_peer, self._bytes_to_peers()),
@@ -81,6 +91,13 @@ class Monitor:
             parts.append(f"reconnects to the portal: {self.portal_reconnects}")
         parts.append(f"bugs: {self._counters.bugs}")
         return "; ".join(parts)
+
+    def _count_overflows(self) -> None:
+        """Ask the kernel for what never came to us."""
+        sockets = [sock for listener in self._listeners for sock in listener.sockets]
+        overflows = sum(sock.overflows() for sock in sockets)
+        if overflows:
+            self._counters.dropped[QUEUE_FULL] = overflows
 
     def _auth_failures(self) -> dict[str, int]:
         return {why.value: count for why, count in self._server.auth_failures.copy().items()}

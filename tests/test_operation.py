@@ -236,6 +236,22 @@ def test_metrics_move_while_calls_run() -> None:
     assert "relay_portal_connected" not in metrics
 
 
+def test_datagrams_that_find_the_queue_full_are_counted() -> None:
+    """The process is stopped meanwhile, so that nobody reads."""
+    http = free_tcp_port()
+    with (
+        RelayProcess(f"--http-addr=127.0.0.1:{http}", port=free_port()) as relay,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mallory,
+    ):
+        assert scrape(http)["relay_dropped_packets_total", "receive_queue_full"] == 0
+        relay.signals(signal.SIGSTOP)
+        for _ in range(1000):
+            mallory.sendto(bytes(60_000), ("127.0.0.1", relay.port))
+        relay.signals(signal.SIGCONT)
+        while not scrape(http)["relay_dropped_packets_total", "receive_queue_full"]:
+            pass
+
+
 def test_reconnects_of_the_portal_are_counted() -> None:
     http = free_tcp_port()
     with FakePortal() as portal:

@@ -32,7 +32,11 @@ LONE_READS: Final = 4
 LISTEN_BUFFER: Final = 4 << 20  # bytes the kernel may queue for the listening socket
 RELAY_BUFFER: Final = 512 << 10  # for each relay port: a burst of 200 large datagrams
 
-# From <linux/in.h> and <linux/in6.h>; the socket module lacks them.
+# From <asm-generic/socket.h> and <linux/sock_diag.h>, as are the next ones from <linux/in.h> and
+# <linux/in6.h>; the socket module lacks them.
+_SO_MEMINFO: Final = 55
+_MEMINFO: Final = struct.Struct("9I")
+_MEMINFO_DROPS: Final = 8  # SK_MEMINFO_DROPS
 _IP_PKTINFO: Final = 8
 _IPV6_PKTINFO: Final = socket.IPV6_PKTINFO
 _IP_MTU_DISCOVER: Final = 10
@@ -44,6 +48,7 @@ USUAL_LOSSES: Final = tuple(
     f"send_{name}"
     for name in ("eagain", "einval", "emsgsize", "enetunreach", "ehostunreach", "enobufs", "eperm")
 )
+QUEUE_FULL: Final = "receive_queue_full"  # how datagrams count that came when a queue was full
 
 SocketAddress = tuple[Any, ...]
 """What the kernel reports: (host, port), for IPv6 with flow label and scope."""
@@ -336,6 +341,12 @@ class ListeningSocket(_Socket):
         """Give the port back to the system."""
         with suppress(OSError):
             self._sock.close()
+
+    def overflows(self) -> int:
+        """Return how many datagrams found the queue full since the socket was made."""
+        meminfo = self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+        drops: int = _MEMINFO.unpack(meminfo)[_MEMINFO_DROPS]
+        return drops
 
     def _client(self, source: SocketAddress) -> Client:
         return source, self._local
