@@ -152,12 +152,26 @@ def test_other_sockets_read_trains_after_a_burst(kind: str, host: str, stack: Ex
 
 
 @pytest.mark.parametrize("kind", ["relay", "bound"])
-@pytest.mark.parametrize(("count", "is_a_burst"), [(BURST, True), (BURST - 1, False)])
-def test_what_counts_as_a_burst(kind: str, count: int, is_a_burst: bool, stack: ExitStack) -> None:
+@pytest.mark.parametrize(
+    ("count", "others", "is_a_burst"),
+    [
+        pytest.param(BURST, 0, True, id="just a burst"),
+        pytest.param(READ_BUDGET, 0, True, id="a whole turn"),
+        pytest.param(BURST - 1, 0, False, id="too few"),
+        pytest.param(BURST, 1, False, id="of two flows"),
+        pytest.param(READ_BUDGET - 1, 1, False, id="of two flows, in a whole turn"),
+    ],
+)
+def test_what_counts_as_a_burst(
+    kind: str, count: int, others: int, *, is_a_burst: bool, stack: ExitStack
+) -> None:
     """Calls must not pay for what only bulk traffic is worth."""
     receiver, sender = Receiver(kind, "127.0.0.1", stack), Sender("127.0.0.1", stack)
     sender.sends(count, receiver.address)
+    Sender("127.0.0.1", stack).sends(others, receiver.address)
     receiver.takes_all()
+    receiver.datagrams.clear()
+    sender.sent.clear()
 
     sender.sends_train(10, receiver.address)
 
