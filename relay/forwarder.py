@@ -255,7 +255,7 @@ class Forwarder:
         for start in range(HEADER_SIZE):
             if buffer[start:whole:segment].count(buffer[start]) != count:
                 return 0
-        frame = parse(buffer, segment)
+        frame = parse(buffer, segment) if count else None
         if frame is None or not frame[1]:  # nothing in it that UDP_SEGMENT could cut
             return 0
         number, length = frame

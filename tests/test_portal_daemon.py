@@ -202,9 +202,10 @@ def relays_between(alice: TurnClient, bob: TurnClient) -> None:
 
 
 def wait_until_read(port: int) -> None:
-    """Look until nothing is queued for a UDP port of 0.0.0.0."""
-    while True:
-        for line in Path("/proc/net/udp").read_text().splitlines():
-            fields = line.split()
-            if fields[1] == f"00000000:{port:04X}" and fields[4].endswith(":00000000"):
-                return
+    """Look until nothing is queued for a UDP port, at any IPv4 address."""
+    queued = ["?"]
+    while queued:
+        lines = [line.split() for line in Path("/proc/net/udp").read_text().splitlines()[1:]]
+        ours = [fields for fields in lines if fields[1].endswith(f":{port:04X}")]
+        assert ours
+        queued = [fields[4] for fields in ours if not fields[4].endswith(":00000000")]

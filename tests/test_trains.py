@@ -101,6 +101,17 @@ def test_from_a_client(train: tuple[int, list[bytes]], takes: int) -> None:
     assert at_once.outcome() == one_by_one.outcome()
 
 
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_train_that_is_shorter_than_one_datagram(number: int) -> None:
+    """No kernel hands over such a thing."""
+    at_once, one_by_one = Setting(), Setting()
+
+    arrives_from_client(at_once, 1000, [channel_data(number, b"hi")])
+    one_by_one.alice.sends(channel_data(number, b"hi"))
+
+    assert at_once.outcome() == one_by_one.outcome()
+
+
 @settings(deadline=None)
 @given(sizes(), st.sampled_from([1000, 64, 5, 1, 0]), st.sampled_from(["bob", "six", "mallory"]))
 def test_from_a_peer(train: tuple[int, list[int]], takes: int, name: str) -> None:

@@ -14,6 +14,7 @@ from relay.turn.channeldata import HEADER
 from tests.process import RelayProcess, free_port
 from tests.test_daemon import Stopped
 from tests.test_multihomed import ip, prefixed
+from tests.test_portal_daemon import wait_until_read
 from tests.turnclient import TIMEOUT, TurnClient
 
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104  # <linux/udp.h>
@@ -80,6 +81,21 @@ def test_without_offload_datagrams_go_one_by_one() -> None:
             ends.sends(payloads, both_ways=True)
             assert [ends.peer.recv(65535) for _ in payloads] == payloads
             assert [ends.client.socket.recv(65535) for _ in payloads] == [*map(framed, payloads)]
+
+
+def test_before_the_portal_says_init_every_datagram_of_a_train_counts_as_dropped() -> None:
+    relay = RelayProcess(
+        "--api-url=ws://127.0.0.1:9",  # where nobody listens
+        port=free_port(),
+        variables={"FIREZONE_TOKEN": "token"},
+        portal=True,
+    )
+    with relay, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        relay.logs("waiting for the portal")
+        client.connect(("127.0.0.5", relay.port))  # which only the wildcard socket serves
+        send_train(client, [b"x" * 100] * COUNT + [b"short"])
+        wait_until_read(relay.port)
+    assert f"{COUNT + 1} not_serving" in relay.errors()
 
 
 # --- Through a veth, whose MTU is 1,500 bytes ------------------------------------------------

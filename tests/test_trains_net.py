@@ -270,6 +270,7 @@ class Kernel:
     def __init__(self, *refusals: int | None) -> None:
         self._refusals = list(refusals)
         self.sizes: list[int] = []  # of the datagrams in each train that it was given
+        self.options = 0  # how many it was asked for
 
     def sendmsg(self, _pieces: Any, control: Any, _flags: int, _to: Any) -> None:
         self.sizes.append(struct.unpack("H", control[-1][2])[0])
@@ -278,6 +279,7 @@ class Kernel:
             raise OSError(refusal, os.strerror(refusal))
 
     def setsockopt(self, *_: Any) -> None:
+        self.options += 1
         raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
 
 
@@ -333,6 +335,7 @@ def test_a_kernel_without_udp_gro_is_asked_once(caplog: pytest.LogCaptureFixture
 
     assert not offload.receive_trains(sock)
     assert not offload.receive_trains(sock)
+    assert sock.options == 1
     assert [record.getMessage() for record in caplog.records] == [
         "no UDP_GRO (Protocol not available): datagrams are read one by one"
     ]

@@ -447,9 +447,6 @@ class WildcardSocket(ListeningSocket):
     def send_train(self, pieces: list[memoryview | bytes], each: int, size: int, to: Client) -> int:
         """Send a train to a client, from the address that it wrote to."""
         address, local = to
-        beside = self._beside.get(local)
-        if beside is not None:
-            return beside.send_train(pieces, each, size, to)
         source = self._sources.get(local) or self._source(local)
         return self._trains.send(pieces, each, size, address, source)
 
