@@ -104,6 +104,7 @@ class Daemon:
             randbelow=rng.randrange,
             now=self.reactor.clock(),
         )
+        self._say_how_many_ports()
         self.monitor = Monitor(self.server, self.counters, self.reactor, self._listeners.values())
         self.forwarder = Forwarder(
             self.server,
@@ -354,6 +355,16 @@ class Daemon:
             unauthenticated_rate=config.unauthenticated_rate,
             software=config.software,
         )
+
+    def _say_how_many_ports(self) -> None:
+        most, wanted = self._settings().max_sockets, len(self._config.ports)
+        if most < wanted * len(self._config.public_hosts):
+            logger.info(
+                "relay ports: at most %d sockets, since the limit of open files is %d "
+                "(ulimit -Hn, LimitNOFILE=)",
+                max(most, 0),
+                self._descriptors,
+            )
 
     def _peer_policy(self) -> PeerPolicy:
         config = self._config
