@@ -1,0 +1,1 @@
+"""Questions about the relay, answered with numbers: see README.md."""

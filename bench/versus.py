@@ -1,0 +1,382 @@
+"""This relay and Debian's coturn under the same loads, one beside the other.
+
+Run it as root with ``python -m bench.versus``; ``--quick`` takes about a minute, the whole of it
+about a quarter of an hour. It needs two CPUs that have nothing else to do: one is the servers',
+the other the load client's. Three network namespaces stand for clients, relay and peers; they and
+the servers are gone afterwards, also when it is interrupted.
+
+The machine is never equally fast for long. So both servers get each load in turn, A B, B A, …;
+each round gives a ratio, and what counts is the median of these and how far they spread.
+It writes RESULTS.md, results.json with all that was measured, and results.svg.
+"""
+
+import argparse
+import itertools
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, TypeVar
+
+from bench.loadlib.clients import Clients, LoadError
+from bench.loadlib.comparison import Comparison, Metric
+from bench.loadlib.netns import PEER_HOST, Network, inside
+from bench.loadlib.process import cpu_time, resident_memory
+from bench.loadlib.report import write
+from bench.loadlib.servers import SERVERS, Server, running
+from bench.loadlib.tally import CALM, SLOWEST, Lossless, Result, search
+from bench.loadlib.traffic import Load, Session, open_peers
+
+DESCRIPTORS: Final = 65536  # for the servers too: each has a socket for each allocation
+FORGETS_AFTER: Final = 3.0  # seconds: coturn then knows the ports of earlier clients no more
+TRAIN: Final = 16  # datagrams
+ALLOCATIONS: Final = "Allocations"
+# Singles of which nothing may be lost come eight at a time, each a datagram of its own: one by
+# one, the load client would be the limit. Where cost and latency are measured they come singly.
+SINGLES_OF_SEARCH: Final = 8
+STEP: Final = 0.3  # seconds of a step of the search
+MOST_DISTURBED: Final = 3  # times that something is measured in vain
+WORTH_A_NOTE: Final = 0.001  # part of the datagrams
+PATIENCE: Final = 0.1  # seconds in which nothing comes: what is missing then is lost
+STEADY: Final = 1.0  # seconds at the fixed rate
+SEARCH_STARTS_AT: Final = 20_000.0  # datagrams per second
+# Cost and latency are measured where neither server has trouble, in datagrams per second.
+STEADY_RATES: Final = {False: 10_000.0, True: 40_000.0}  # singles, trains
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure."""
+
+    payloads: Sequence[int] = (60, 160, 1200)
+    clients: Sequence[int] = (1, 10, 100, 1000)
+    rounds: int = 3
+    allocations: int = 1000  # for Allocates per second
+    held: Sequence[int] = (1000, 10_000)  # for memory per allocation
+
+
+QUICK: Final = Plan(payloads=(160,), clients=(10, 100), rounds=2, held=(1000,))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure everything, and write it to files; return the exit code."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _check_machine()
+        measured = Measured()
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder, Network() as network:
+            _measure(QUICK if options.quick else Plan(), network, Path(folder), measured)
+        minutes = (time.monotonic() - began) / 60
+        measured.notes.append(f"{measured.calm} All of it took {minutes:.0f} minutes.")
+        write(options.output, measured.tables, measured.raw, measured.notes)
+    except (LoadError, OSError) as error:
+        print(f"bench.versus: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(f"written: {options.output / 'RESULTS.md'}, results.json, results.svg")
+    return 0
+
+
+NOTES: Final = f"""\
+Both servers have one CPU and the load client another one. Half of the datagrams go to peers, half
+to clients. The lossless rate is searched in steps of {STEP} s: nothing may be lost, and almost
+nothing under way at the end; there singles come {SINGLES_OF_SEARCH} at a time. CPU and latency are
+at {STEADY_RATES[False]:,.0f} single datagrams per second, one by one, and at
+{STEADY_RATES[True]:,.0f} in trains. An Allocate counts with the challenge before it. Memory is the
+process' own (VmRSS), without the kernel's, and with a channel for each allocation."""
+
+
+@dataclass(slots=True)
+class Calm:
+    """Measures again, a few times, what something else on the machine has disturbed."""
+
+    measured: int = 0
+    disturbed: int = 0  # of those that count
+
+    def measure(self, session: Session, load: Load) -> Result:
+        """Return the first calm result, else the last one. Raises LoadError."""
+        self.measured += 1
+        for _ in range(MOST_DISTURBED):
+            result = session.measure(load)
+            if not result.is_disturbed:
+                return result
+        self.disturbed += 1
+        return result
+
+    def __str__(self) -> str:
+        return (
+            f"In {self.disturbed} of {self.measured} measurements one of the two waited for its CPU"
+            f" more than {CALM:.0%} of the time, each of {MOST_DISTURBED} times."
+        )
+
+
+@dataclass(slots=True)
+class Measured:
+    """What came out: comparisons by their table, and the raw results behind them."""
+
+    tables: dict[str, list[Comparison]] = field(default_factory=dict)
+    raw: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=lambda: [NOTES])
+    calm: Calm = field(default_factory=Calm)
+
+    def add(self, table: str, *comparisons: Comparison) -> None:
+        """Keep comparisons, and say on standard error how they went."""
+        self.tables.setdefault(table, []).extend(comparisons)
+        print(f"{table}, {comparisons[0].case}", file=sys.stderr)
+        for comparison in comparisons:
+            cell = comparison.cell().replace("**", "")
+            print(f"  {comparison.metric.title:30} {cell}", file=sys.stderr)
+
+
+def _measure(plan: Plan, network: Network, folder: Path, measured: Measured) -> None:
+    """Run all of the plan. Raises LoadError."""
+    load_cpu, server_cpu = _cpus()
+    os.sched_setaffinity(0, {load_cpu})
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(running(name, network, server_cpu, folder)) for name in SERVERS
+        ]
+        for train, payload, clients in itertools.product(
+            (False, True), plan.payloads, plan.clients
+        ):
+            _compare_relaying(
+                servers, network, Shape(payload, clients, train), plan.rounds, measured
+            )
+        _compare_allocating(servers, network, plan, measured)
+    _compare_memory(network, server_cpu, folder, plan, measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A load without its rate."""
+
+    payload: int
+    clients: int
+    train: bool
+
+    @property
+    def table(self) -> str:
+        """Which table it belongs to."""
+        return f"Trains of {TRAIN} datagrams" if self.train else "Single datagrams"
+
+    def __str__(self) -> str:
+        many = "client" if self.clients == 1 else "clients"
+        return f"{self.payload:,} bytes, {self.clients:,} {many}"
+
+    @property
+    def searched(self) -> Load:
+        """The load of a step of the search."""
+        burst = TRAIN if self.train else SINGLES_OF_SEARCH
+        return Load(self.payload, seconds=STEP, burst=burst, train=self.train)
+
+    @property
+    def steady(self) -> Load:
+        """The load at which cost and latency are measured."""
+        burst = TRAIN if self.train else 1
+        rate = STEADY_RATES[self.train]
+        return Load(self.payload, rate, STEADY, burst=burst, train=self.train)
+
+
+def _compare_relaying(
+    servers: Sequence[Server], network: Network, shape: Shape, rounds: int, measured: Measured
+) -> None:
+    """Put one shape of load on both servers, in turn. Raises LoadError."""
+    rates: dict[str, list[Lossless]] = {server.name: [] for server in servers}
+    steady: dict[str, list[Result]] = {server.name: [] for server in servers}
+    with ExitStack() as stack:
+        sessions = {
+            server.name: _enter_session(stack, server, network, shape.clients) for server in servers
+        }
+        for name in _in_turn(list(sessions), rounds):
+            session = sessions[name]
+            rates[name].append(_search(session, shape.searched, rates[name], measured.calm))
+            steady[name].append(measured.calm.measure(session, shape.steady))
+    for name in sessions:
+        measured.raw.append(
+            {
+                "server": name,
+                **asdict(shape),
+                "lossless": [asdict(rate) for rate in rates[name]],
+                "steady": [result.as_dict() for result in steady[name]],
+            }
+        )
+        lost = max(result.loss for result in steady[name])
+        if lost > WORTH_A_NOTE:
+            measured.notes.append(
+                f"At the fixed rate {name} lost up to {lost:.1%} ({shape.table}, {shape})."
+            )
+    measured.add(
+        shape.table,
+        _compare(shape, Metric.RATE, rates, lambda rate: max(rate.rate, SLOWEST)),
+        _compare(shape, Metric.COST, steady, lambda result: result.server_cost or 0.0),
+        _compare(shape, Metric.P50, steady, lambda result: _percentile(result, "p50")),
+        _compare(shape, Metric.P99, steady, lambda result: _percentile(result, "p99")),
+    )
+
+
+T = TypeVar("T", Lossless, Result)
+
+
+def _compare(
+    shape: Shape, metric: Metric, found: Mapping[str, Sequence[T]], number: Callable[[T], float]
+) -> Comparison:
+    """Return a comparison of that *number* of what each server's rounds have found."""
+    return Comparison(
+        str(shape),
+        metric,
+        relay=[number(item) for item in found["relay"]],
+        coturn=[number(item) for item in found["coturn"]],
+        limited=any(item.limited_by_client for items in found.values() for item in items),
+    )
+
+
+def _percentile(result: Result, which: str) -> float:
+    if result.latency is None:
+        raise LoadError(f"nothing arrived at {result.wanted_rate:,.0f} datagrams per second")
+    return result.latency.percentiles[which]
+
+
+def _search(session: Session, load: Load, before: Sequence[Lossless], calm: Calm) -> Lossless:
+    """Look for the lossless rate: in small steps around the one found *before*, if any."""
+    return search(
+        lambda rate: calm.measure(session, load.at(rate)),
+        start=before[-1].rate if before else SEARCH_STARTS_AT,
+        growth=1.25 if before else 2.0,
+        tries=2,
+    )
+
+
+def _compare_allocating(
+    servers: Sequence[Server], network: Network, plan: Plan, measured: Measured
+) -> None:
+    """Allocate for many clients at once, in turn. Raises LoadError."""
+    rates: dict[str, list[float]] = {server.name: [] for server in servers}
+    costs: dict[str, list[float]] = {server.name: [] for server in servers}
+    by_name = {server.name: server for server in servers}
+    for name in _in_turn(list(by_name), plan.rounds):
+        server = by_name[name]
+        time.sleep(FORGETS_AFTER)
+        with inside(network.clients):
+            clients = Clients(server.address, server.credentials, plan.allocations)
+        with clients:
+            before = cpu_time(server.pid)
+            rates[name].append(plan.allocations / clients.allocate())
+            spent = (cpu_time(server.pid) - before).spent
+            costs[name].append(spent / plan.allocations / 1000)
+            clients.release()
+    case = f"{plan.allocations:,} at once"
+    measured.raw.append({"allocations": plan.allocations, "rates": rates, "costs": costs})
+    measured.add(
+        ALLOCATIONS,
+        Comparison(case, Metric.ALLOCATES, rates["relay"], rates["coturn"]),
+        Comparison(case, Metric.ALLOCATE_COST, costs["relay"], costs["coturn"]),
+    )
+
+
+def _compare_memory(
+    network: Network, cpu: int, folder: Path, plan: Plan, measured: Measured
+) -> None:
+    """Hold allocations with a channel each, on servers that have just been started."""
+    per_allocation: dict[str, dict[int, float]] = {}
+    for name in SERVERS:
+        numbers = per_allocation[name] = {}
+        with ExitStack() as stack:
+            server = stack.enter_context(running(name, network, cpu, folder))
+            _enter_session(stack, server, network, 1)  # whatever the first one takes
+            empty, held = resident_memory(server.pid), 0
+            for count in plan.held:
+                _enter_session(stack, server, network, count - held)
+                held = count
+                numbers[count] = (resident_memory(server.pid) - empty) / count
+    measured.raw.append({"memory": per_allocation})
+    for count in plan.held:
+        numbers_of = {name: [numbers[count]] for name, numbers in per_allocation.items()}
+        measured.add(
+            ALLOCATIONS,
+            Comparison(f"{count:,} held", Metric.MEMORY, numbers_of["relay"], numbers_of["coturn"]),
+        )
+
+
+def _enter_session(stack: ExitStack, server: Server, network: Network, clients: int) -> Session:
+    """Return a session with one channel per client, which *stack* ends. Raises LoadError."""
+    with inside(network.peers):
+        peers = open_peers(PEER_HOST, 1)
+    for peer in peers:
+        stack.enter_context(peer)
+    with inside(network.clients):
+        session = Session(
+            server.address,
+            server.credentials,
+            clients=clients,
+            peers=peers,
+            pid=server.pid,
+            patience=PATIENCE,
+        )
+    return stack.enter_context(session)
+
+
+def _in_turn(names: Sequence[str], rounds: int) -> Iterable[str]:
+    """Return the names round by round, every other round backwards."""
+    for number in range(rounds):
+        yield from names if number % 2 == 0 else reversed(names)
+
+
+def _check_machine() -> None:
+    """Raise LoadError if this cannot work here; allow as many descriptors as it takes."""
+    if os.geteuid() != 0:
+        raise LoadError("network namespaces take root: run it with sudo")
+    for program, package in PROGRAMS.items():
+        if shutil.which(program) is None:
+            raise LoadError(f"{program} is missing: apt-get install {package}")
+    _cpus()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, max(hard, DESCRIPTORS)))
+    except ValueError:  # root without CAP_SYS_RESOURCE, in a container
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+PROGRAMS: Final = {"turnserver": "coturn", "ip": "iproute2", "taskset": "util-linux"}
+
+
+def _cpus() -> tuple[int, int]:
+    """Return the load client's CPU and the servers'. Raises LoadError."""
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        raise LoadError("two CPUs are needed: one for the server, one for the load client")
+    return usable[0], usable[-1]
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.versus",
+        description="Compare this relay with coturn, in network namespaces. Takes root.",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few loads only: about a minute")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="FOLDER",
+        help="where to write RESULTS.md, results.json and results.svg; default: here, in bench",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
