@@ -205,3 +205,34 @@ def free_port() -> int:
 def _pipe(pipe: IO[str] | None) -> IO[str]:
     assert pipe is not None
     return pipe
+
+
+class Stopped:
+    """The relay does not run inside this block."""
+
+    def __init__(self, relay: RelayProcess) -> None:
+        self._pid = relay.pid
+
+    def __enter__(self) -> None:
+        os.kill(self._pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self._pid, os.WSTOPPED)
+
+    def __exit__(self, *_: object) -> None:
+        os.kill(self._pid, signal.SIGCONT)
+
+
+def wait_until_read(port: int) -> None:
+    """Look until nothing is queued for a UDP port, at any IPv4 address."""
+    queued = ["?"]
+    while queued:
+        lines = [line.split() for line in Path("/proc/net/udp").read_text().splitlines()[1:]]
+        ours = [fields for fields in lines if fields[1].endswith(f":{port:04X}")]
+        assert ours
+        queued = [fields[4] for fields in ours if not fields[4].endswith(":00000000")]
+
+
+def free_tcp_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,19 +1,16 @@
 """The running relay on loopback: real sockets, real signals, real shortages."""
 
-import os
-import signal
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
 
 import pytest
 
 from relay.stun.const import Family
-from tests.process import RelayProcess, free_port
-from tests.turnclient import TIMEOUT, TurnClient, TurnError
+from tests.process import RelayProcess, Stopped, free_port
+from tests.turnclient import Peer, TurnClient, TurnError
 
 
 @pytest.fixture(scope="module")
@@ -206,45 +203,6 @@ def test_behind_nat_the_public_address_is_not_ours_to_bind() -> None:
 def test_two_relays_cannot_share_a_port(relay: RelayProcess) -> None:
     with pytest.raises(AssertionError, match="Address already in use"):
         RelayProcess(port=relay.port).__enter__()
-
-
-class Peer:
-    """A socket that knows nothing of TURN."""
-
-    def __init__(self, family: Family = Family.IPV4, port: int = 0) -> None:
-        ipv6 = family is Family.IPV6
-        self._socket = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        self._socket.bind(("::1" if ipv6 else "127.0.0.1", port))
-        self._socket.settimeout(TIMEOUT)
-        self.address: tuple[str, int] = self._socket.getsockname()[:2]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-
-    def sends(self, payload: bytes, to: tuple[str, int]) -> None:
-        self._socket.sendto(payload, to)
-
-    def receives(self) -> tuple[bytes, tuple[str, int]]:
-        payload, source = self._socket.recvfrom(65536)
-        return payload, source[:2]
-
-
-class Stopped:
-    """The relay does not run inside this block."""
-
-    def __init__(self, relay: RelayProcess) -> None:
-        self._pid = relay.pid
-
-    def __enter__(self) -> None:
-        os.kill(self._pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, self._pid, os.WSTOPPED)
-
-    def __exit__(self, *_: object) -> None:
-        os.kill(self._pid, signal.SIGCONT)
 
 
 def client_of(relay: RelayProcess, server: str = "127.0.0.1") -> TurnClient:

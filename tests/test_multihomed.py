@@ -3,12 +3,12 @@
 import os
 import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from relay.stun.const import Family
+from tests.netns import ip, prefixed
 from tests.process import RelayProcess, free_port
 from tests.turnclient import TIMEOUT, TurnClient
 
@@ -106,12 +106,3 @@ def peer(family: Family) -> socket.socket:
     sock.bind((OUTSIDE[family], 0))
     sock.settimeout(TIMEOUT)
     return sock
-
-
-def prefixed(host: str) -> tuple[str, ...]:
-    """The arguments for ``ip address add``; an IPv6 address is to be usable at once."""
-    return (f"{host}/64", "nodad") if ":" in host else (f"{host}/24",)
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, timeout=TIMEOUT)

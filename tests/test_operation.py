@@ -1,6 +1,5 @@
 """The real process as its operator sees it: systemd, probes, signals, reloads."""
 
-import http.client
 import json
 import os
 import signal
@@ -9,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from relay.turn.auth import mint
 from tests.fakeportal import FakePortal
-from tests.process import RelayProcess, environment, free_port
+from tests.probes import ask, scrape
+from tests.process import RelayProcess, environment, free_port, free_tcp_port
 from tests.turnclient import TIMEOUT, TurnClient, TurnError
 
 TOKEN = "a-token-that-nobody-may-see"
@@ -575,37 +574,9 @@ def handed_over(port: int, *sockets: socket.socket, waits: bool = True) -> Relay
     )
 
 
-def free_tcp_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def ask(port: int, path: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
-
-
 def readiness(port: int) -> tuple[int, str | None]:
     status, answer = ask(port, "/readyz")
     return status, json.loads(answer)["reason"]
-
-
-def scrape(port: int) -> dict[Any, float]:
-    """Return the value of each sample by name, with its labels' values if it has any."""
-    _, text = ask(port, "/metrics")
-    metrics: dict[Any, float] = {}
-    for family in text_string_to_metric_families(text.decode()):
-        for sample in family.samples:
-            labels = tuple(sample.labels[key] for key in sorted(sample.labels, reverse=True))
-            metrics[(sample.name, *labels) if labels else sample.name] = sample.value
-    return metrics
 
 
 def portal_metrics(port: int) -> tuple[float, float]:

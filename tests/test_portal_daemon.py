@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakeportal import FakePortal, self_signed
-from tests.process import RelayProcess, free_port
+from tests.process import RelayProcess, free_port, wait_until_read
 from tests.turnclient import TurnClient
 
 TOKEN = "a-token-that-nobody-may-see"
@@ -199,13 +199,3 @@ def relays_between(alice: TurnClient, bob: TurnClient) -> None:
     assert bob.receives() == (0x4000, b"ping")
     bob.sends(0x4000, b"pong")
     assert alice.receives() == (0x4000, b"pong")
-
-
-def wait_until_read(port: int) -> None:
-    """Look until nothing is queued for a UDP port, at any IPv4 address."""
-    queued = ["?"]
-    while queued:
-        lines = [line.split() for line in Path("/proc/net/udp").read_text().splitlines()[1:]]
-        ours = [fields for fields in lines if fields[1].endswith(f":{port:04X}")]
-        assert ours
-        queued = [fields[4] for fields in ours if not fields[4].endswith(":00000000")]

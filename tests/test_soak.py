@@ -26,10 +26,9 @@ from relay.stun.const import Family
 from relay.turn.auth import mint
 from tests.fakeportal import FakePortal
 from tests.flood import FLOODS, NEVER, PORTS
-from tests.process import TIMEOUT, RelayProcess, environment, free_port
-from tests.test_daemon import Peer, Stopped
-from tests.test_operation import free_tcp_port, scrape
-from tests.turnclient import TurnClient
+from tests.probes import scrape
+from tests.process import TIMEOUT, RelayProcess, Stopped, environment, free_port, free_tcp_port
+from tests.turnclient import Peer, TurnClient
 
 SOAK: Final = 30.0  # seconds, and the rest of a round
 WARM_UP: Final = 2  # rounds, after which memory must not grow

@@ -11,10 +11,8 @@ import pytest
 
 from relay.stun.const import Family
 from relay.turn.channeldata import HEADER
-from tests.process import RelayProcess, free_port
-from tests.test_daemon import Stopped
-from tests.test_multihomed import ip, prefixed
-from tests.test_portal_daemon import wait_until_read
+from tests.netns import ip, prefixed
+from tests.process import RelayProcess, Stopped, free_port, wait_until_read
 from tests.turnclient import TIMEOUT, TurnClient
 
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104  # <linux/udp.h>

@@ -1,0 +1,29 @@
+"""What a probe and a scraper ask the relay for, over HTTP."""
+
+import http.client
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.turnclient import TIMEOUT
+
+
+def ask(port: int, path: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def scrape(port: int) -> dict[Any, float]:
+    """Return the value of each sample by name, with its labels' values if it has any."""
+    _, text = ask(port, "/metrics")
+    metrics: dict[Any, float] = {}
+    for family in text_string_to_metric_families(text.decode()):
+        for sample in family.samples:
+            labels = tuple(sample.labels[key] for key in sorted(sample.labels, reverse=True))
+            metrics[(sample.name, *labels) if labels else sample.name] = sample.value
+    return metrics
