@@ -1,8 +1,13 @@
 """Fixtures that every scenario shares."""
 
 import pytest
+from hypothesis import settings
 
 from tests.scenario import Scenario
+
+# How long an example takes says something about the machine only.
+settings.register_profile("relay", deadline=None)
+settings.load_profile("relay")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import pytest
@@ -101,7 +100,7 @@ def test_systemd_hears_of_a_reload(manager: "Manager", tmp_path: Path) -> None:
     with Configured(tmp_path, "", variables=manager.variables) as relay:
         manager.hears("READY=1")
         manager.heard.clear()
-        relay.process.signals(signal.SIGHUP)
+        relay.signals(signal.SIGHUP)
         manager.hears("RELOADING=1\nMONOTONIC_USEC=")
         manager.hears("READY=1")
 
@@ -304,7 +303,7 @@ def test_clients_cannot_reach_the_http_port_through_the_relay() -> None:
 def test_a_reload_changes_peers_limits_and_levels_and_keeps_calls(tmp_path: Path) -> None:
     with (
         Configured(tmp_path, "allow-peer = 127.0.0.0/8\n") as relay,
-        client_of(relay.process) as alice,
+        client_of(relay) as alice,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bob,
     ):
         bob.bind(("127.0.0.1", 0))
@@ -316,15 +315,15 @@ def test_a_reload_changes_peers_limits_and_levels_and_keeps_calls(tmp_path: Path
             "allow-peer = 127.0.0.0/8\ndeny-peer = 127.0.0.2/32\n"
             "max-allocations-per-ip = 1\nlog-level = info,relay.turn=debug\n"
         )
-        changed = relay.process.logs("reloaded; changed: ")
+        changed = relay.logs("reloaded; changed: ")
         assert changed.endswith("changed: deny-peer, max-allocations-per-ip, log-level\n")
         alice.sends(0x4000, b"still there")
         assert bob.recv(100) == b"still there"
         with pytest.raises(TurnError) as refusal:
             alice.binds(0x4001, ("127.0.0.2", 9))
         assert refusal.value.code == 403
-        relay.process.logs("DEBUG")
-        with client_of(relay.process) as carol, pytest.raises(TurnError) as refusal:
+        relay.logs("DEBUG")
+        with client_of(relay) as carol, pytest.raises(TurnError) as refusal:
             carol.allocates()
         assert refusal.value.code == 486
 
@@ -332,10 +331,10 @@ def test_a_reload_changes_peers_limits_and_levels_and_keeps_calls(tmp_path: Path
 def test_what_needs_a_restart_is_named_and_left_alone(tmp_path: Path) -> None:
     with Configured(tmp_path, "") as relay:
         relay.reloads("lowest-port = 50000\nhttp-addr = 127.0.0.1:1\ndrain-timeout = 5\n")
-        assert relay.process.logs("needs a restart").endswith("change: lowest-port\n")
-        relay.process.logs("changed: drain-timeout")
+        assert relay.logs("needs a restart").endswith("change: lowest-port\n")
+        relay.logs("changed: drain-timeout")
         relay.reloads("")
-        relay.process.logs("reloaded; changed: drain-timeout")
+        relay.logs("reloaded; changed: drain-timeout")
 
 
 @pytest.mark.parametrize(
@@ -349,10 +348,10 @@ def test_what_needs_a_restart_is_named_and_left_alone(tmp_path: Path) -> None:
 def test_a_wrong_configuration_changes_nothing(tmp_path: Path, text: str, problem: str) -> None:
     with (
         Configured(tmp_path, "allow-peer = 127.0.0.0/8\n") as relay,
-        client_of(relay.process) as alice,
+        client_of(relay) as alice,
     ):
         relay.reloads(text)
-        line = relay.process.logs("not reloaded, all stays as it was")
+        line = relay.logs("not reloaded, all stays as it was")
         assert problem in line
         assert "ERROR" in line
         alice.allocates()
@@ -362,8 +361,8 @@ def test_a_wrong_configuration_changes_nothing(tmp_path: Path, text: str, proble
 def test_a_file_that_is_gone_changes_nothing(tmp_path: Path) -> None:
     with Configured(tmp_path, "") as relay:
         relay.file.unlink()
-        relay.process.signals(signal.SIGHUP)
-        assert str(relay.file) in relay.process.logs("not reloaded, all stays as it was")
+        relay.signals(signal.SIGHUP)
+        assert str(relay.file) in relay.logs("not reloaded, all stays as it was")
 
 
 def test_what_can_be_read_only_once_is_not_read_again(tmp_path: Path) -> None:
@@ -371,20 +370,20 @@ def test_what_can_be_read_only_once_is_not_read_again(tmp_path: Path) -> None:
     with Configured(tmp_path, "") as relay:
         relay.file.unlink()
         os.mkfifo(relay.file)
-        relay.process.signals(signal.SIGHUP)
-        relay.process.logs("is no regular file")
+        relay.signals(signal.SIGHUP)
+        relay.logs("is no regular file")
 
 
 def test_a_draining_relay_is_not_reloaded(tmp_path: Path) -> None:
     with Configured(tmp_path, "drain-timeout = 1000\n") as relay:
-        with client_of(relay.process) as alice:
+        with client_of(relay) as alice:
             alice.allocates()
-            relay.process.signals(signal.SIGTERM)
-            relay.process.logs("draining: 1 allocations left")
+            relay.signals(signal.SIGTERM)
+            relay.logs("draining: 1 allocations left")
             relay.reloads("drain-timeout = 0\n")
-            relay.process.logs("not reloaded: draining")
+            relay.logs("not reloaded: draining")
             alice.refreshes(0)
-        assert relay.process.wait() == 0
+        assert relay.wait() == 0
 
 
 # --- Summary ---------------------------------------------------------------------------------
@@ -432,44 +431,32 @@ daemon.run()
 """
 
 
-class Stuck:
+class Stuck(RelayProcess):
     """A relay whose loop gets stuck when it is told so."""
 
     def __init__(self, variables: dict[str, str]) -> None:
         self.http = free_tcp_port()
-        self._process = RelayProcess(
+        super().__init__(
             f"--http-addr=127.0.0.1:{self.http}",
             port=free_port(),
             variables=variables,
             program=STUCK,
         )
 
-    def __enter__(self) -> Self:
-        self._process.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._process.__exit__(exception_type, exception, traceback)
-
     def blocks(self) -> None:
-        self._process.writes("1")
+        self.writes("1")
 
     def goes_on(self) -> None:
-        self._process.writes("2")
+        self.writes("2")
 
 
-class Configured:
+class Configured(RelayProcess):
     """A relay with a configuration file."""
 
     def __init__(self, directory: Path, text: str, variables: dict[str, str] | None = None) -> None:
         self.file = directory / "relay.conf"
         self.file.write_text(text)
-        self.process = RelayProcess(
+        super().__init__(
             f"--config={self.file}",
             "--public-ip4-addr=127.0.0.1",
             port=free_port(),
@@ -477,21 +464,9 @@ class Configured:
             variables=variables,
         )
 
-    def __enter__(self) -> Self:
-        self.process.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.process.__exit__(exception_type, exception, traceback)
-
     def reloads(self, text: str) -> None:
         self.file.write_text(text)
-        self.process.signals(signal.SIGHUP)
+        self.signals(signal.SIGHUP)
 
 
 class Manager:
