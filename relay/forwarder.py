@@ -49,6 +49,8 @@ logger = logging.getLogger("relay.forwarder")
 LARGEST_DATAGRAM: Final = 65535
 # STUN over UDP stays below the MTU (RFC 8489 §6.1); longer messages only cost time to read.
 LARGEST_STUN: Final = 2048
+# Ports below 1024 take a privilege, which is given up before any is opened.
+_ANOTHER_MAY_DO: Final = frozenset({errno.EADDRINUSE, errno.EACCES})
 _NEITHER: Final = 0xFF  # a first byte that is neither STUN nor ChannelData
 _pack, _pack_into, _unpack_from = HEADER.pack, HEADER.pack_into, HEADER.unpack_from
 
@@ -358,11 +360,10 @@ class Forwarder:
                 )
         except OSError as error:
             port.close()
-            if error.errno == errno.EADDRINUSE:
-                failure = PortFailure.IN_USE
-            else:
-                failure = PortFailure.REFUSED
-                logger.warning("cannot open a relay port: %s", error.strerror)
+            another_may_do = error.errno in _ANOTHER_MAY_DO
+            failure = PortFailure.IN_USE if another_may_do else PortFailure.REFUSED
+            if error.errno != errno.EADDRINUSE:
+                logger.warning("cannot open relay port %d: %s", number, error.strerror)
             self._server.handle_port_failed(number, failure)
         else:
             self._ports[number] = port

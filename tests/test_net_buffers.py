@@ -22,12 +22,22 @@ def test_the_size_that_was_asked_for_is_worth_no_warning(
 ) -> None:
     caplog.set_level(logging.INFO)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        set_buffers(sock, 65536)
-        log_buffers(sock, 65536, "a socket")
+        set_buffers(sock, 150_000)
+        log_buffers(sock, 150_000, "a socket")
 
     assert [record.getMessage() for record in caplog.records] == [
-        "a socket: the kernel queues 65536 bytes to read, 65536 to send"
+        "a socket: the kernel queues 150000 bytes to read, 150000 to send"
     ]
+
+
+def test_a_queue_that_is_long_enough_is_left_alone() -> None:
+    """It may have been made by somebody who may do more than we."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        set_buffers(sock, 150_000)
+        set_buffers(sock, 65536)
+
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 300_000
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 300_000
 
 
 @pytest.mark.parametrize(

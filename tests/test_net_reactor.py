@@ -307,6 +307,56 @@ def test_signals_arrive_in_the_loop(reactor: Reactor) -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def test_a_storm_of_one_signal_counts_as_one(reactor: Reactor) -> None:
+    """As it would without us: signals of one number that wait are one."""
+    got: list[int] = []
+    with Signals((signal.SIGUSR1,), got.append) as signals:
+        reactor.register(signals, signals.deliver)
+        for _ in range(100):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        reactor.turn()
+        reactor.retire(signals)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+    assert got == [signal.SIGUSR1]
+
+
+def test_signals_held_back_until_they_can_be_handled_are_handled(reactor: Reactor) -> None:
+    got: list[int] = []
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
+    os.kill(os.getpid(), signal.SIGUSR1)  # by default this would end the process
+    with Signals((signal.SIGUSR1,), got.append) as signals:
+        reactor.register(signals, signals.deliver)
+        reactor.turn()
+        reactor.retire(signals)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+    assert got == [signal.SIGUSR1]
+
+
+def test_the_longest_turn_is_remembered_for_two_minutes(reactor: Reactor, clock: Clock) -> None:
+    def take(seconds: float) -> None:
+        def busy() -> None:
+            assert reactor.awake_since == clock.now
+            clock.now += seconds
+
+        reactor.call_at(clock.now, busy)
+        reactor.turn()
+        assert reactor.awake_since is None
+
+    for seconds in (0.05, 3.0, 1.0, 2.0, 0.0001):
+        take(seconds)
+    assert reactor.longest_turn() == 3.0
+    assert reactor.slow_turns == 3
+
+    clock.now += 118
+    assert reactor.longest_turn() == 2.0
+    clock.now += 2.1
+    assert reactor.longest_turn() == 0.0
+    take(0.5)
+    assert reactor.longest_turn() == 0.5
+
+
 def test_run_returns_when_stopped(reactor: Reactor, clock: Clock) -> None:
     reactor.call_at(clock.now, reactor.stop)
     reactor.run()

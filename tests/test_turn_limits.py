@@ -3,10 +3,10 @@
 import pytest
 
 from relay.stun.attributes import Attr
-from relay.stun.const import UDP_PROTOCOL, Method
+from relay.stun.const import UDP_PROTOCOL, Family, Method
 from relay.turn.auth import AuthFailure, mint
-from relay.turn.commands import Drop
-from relay.turn.ratelimit import BURST, RateLimiter
+from relay.turn.ratelimit import BURST
+from relay.turn.server import JUDGED_AT_ONCE
 from tests.scenario import (
     SECRET,
     UNIX_START,
@@ -92,6 +92,30 @@ def test_of_ipv6_a_whole_64_counts_as_one_address() -> None:
     assert tries_to_allocate(relay.client("[2001:db8:0:2::1]:5000")).code is None
 
 
+def test_a_move_is_not_refused_for_a_limit_that_it_does_not_raise() -> None:
+    relay = Scenario(one_allocation_per_username=True, max_sockets=3)
+    alice = relay.client("192.0.2.10:5000", user="alice").allocates()
+    relay.client("192.0.2.11:5000", user="bob").allocates()
+    relay.client("192.0.2.12:5000", user="carol").allocates()
+    relay.changes_settings(max_allocations=2)
+
+    relay.client("192.0.2.20:5000", user="alice").allocates()
+
+    assert relay.server.allocations == 3
+    assert alice.refreshes().code == 437
+
+
+def test_a_refused_move_ends_nothing() -> None:
+    """Here for want of a socket: the new one would be of both families."""
+    relay = Scenario(one_allocation_per_username=True, max_sockets=1)
+    alice = relay.client("192.0.2.10:5000", user="alice").allocates()
+    roaming = relay.client("192.0.2.11:5000", user="alice")
+    both = (Attr.ADDITIONAL_ADDRESS_FAMILY, Family.IPV6)
+
+    assert roaming.asks(Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, 17), both).code == 508
+    assert alice.refreshes().code is None
+
+
 def test_a_lower_limit_ends_nothing_that_exists() -> None:
     relay = Scenario()
     alice = relay.client("192.0.2.10:5000").allocates()
@@ -122,7 +146,7 @@ def test_then_answers_come_at_the_rate() -> None:
 
     relay.passes(seconds=3)
 
-    assert answers_to_a_flood(relay, "192.0.2.10:5000") == 6
+    assert answers_to_a_flood(relay, "192.0.2.10:5000") == 3 * 2
 
 
 def test_of_ipv6_a_56_is_one_network() -> None:
@@ -178,16 +202,13 @@ def test_rates_can_be_changed_in_the_middle_of_a_flood() -> None:
 
 
 def test_what_the_total_forbids_does_not_count_against_a_network() -> None:
-    limiter = RateLimiter(per_prefix=8, total=1)
-    while limiter.refusal("192.0.2.1", 0.0) is None:
-        pass
-    for _ in range(1000):
-        assert limiter.refusal("198.51.100.1", 0.0) is Drop.TOTAL_RATE
-    limiter.set_rates(per_prefix=8, total=0)
+    relay = Scenario(unauthenticated_rate_per_prefix=8, unauthenticated_rate=1)
+    answers_to_a_flood(relay, "192.0.2.10:5000")
+    assert answers_to_a_flood(relay, "198.51.100.10:5000") == 0
 
-    left = sum(limiter.refusal("198.51.100.1", 0.0) is None for _ in range(1000))
+    relay.changes_settings(unauthenticated_rate=0)
 
-    assert left == 8 * BURST + 1
+    assert answers_to_a_flood(relay, "198.51.100.10:5000") == 8 * BURST + 1
 
 
 # --- What is counted -------------------------------------------------------------------------
@@ -281,6 +302,20 @@ def test_a_peer_that_is_denied_is_cut_off_at_once_in_both_directions() -> None:
         to(alice, channel_data(0x4002, b"pong")),
     ]
     assert alice.tries_to_bind(0x4001, bob).code == 403
+
+
+def test_many_channels_are_judged_some_at_a_time() -> None:
+    relay = Scenario()
+    bob = relay.peer("198.51.100.7:9000")
+    clients = [relay.client(f"192.0.2.10:{port}").allocates() for port in range(5000, 5600)]
+    for client in clients:
+        client.binds(0x4001, bob)
+
+    relay.changes_peers(deny=["198.51.100.7/32"])
+
+    assert relay.server.channels == 600 - JUDGED_AT_ONCE
+    relay.passes(seconds=0)
+    assert relay.server.channels == 0
 
 
 def test_a_peer_that_is_allowed_again_can_be_bound_again() -> None:

@@ -216,11 +216,14 @@ OPENED = ["192.0.2.0/24", "2001:db8::/32", "127.0.0.0/8", "::ffff:0:0/96", "64:f
         pytest.param(("64:ff9b::c000:201", 3478), id="NAT64"),
         pytest.param(("::ffff:127.0.0.1", 8080), id="IPv4-mapped loopback"),
         pytest.param(("2001:0db8:0::0001", 3478), id="spelled otherwise"),
+        pytest.param(("127.0.0.2", 3478), id="another loopback address"),
+        pytest.param(("::1", 3478), id="the loopback address of IPv6"),
+        pytest.param(("0.0.0.0", 3478), id="no address"),
     ],
 )
 def test_the_relay_itself_is_never_a_peer(peer: tuple[str, int]) -> None:
     """No flag opens it, or clients could loop messages through it. RFC 8656 §21.2.1."""
-    everything = [*OPENED, "192.0.2.1/32", "2001:db8::1/128", "127.0.0.1/32"]
+    everything = [*OPENED, "192.0.2.1/32", "2001:db8::1/128", "127.0.0.0/8", "::1/128", "0.0.0.0/8"]
     policy = PeerPolicy(allow=everything, own=OWN)
 
     assert PeerPolicy(allow=everything).refusal(peer) is None

@@ -21,8 +21,13 @@ _DIRECTIONS: Final = (
 
 
 def set_buffers(sock: socket.socket, size: int) -> None:
-    """Ask for queues of *size* bytes: past the system's limit if we may, else up to it."""
+    """Ask for queues of *size* bytes: past the system's limit if we may, else up to it.
+
+    What is that long already stays so: systemd may have asked for it, and may do more than we.
+    """
     for plain, forced, _ in _DIRECTIONS:
+        if _actual(sock, plain) >= size:
+            continue
         try:
             sock.setsockopt(socket.SOL_SOCKET, forced, size)
         except PermissionError:
@@ -31,8 +36,7 @@ def set_buffers(sock: socket.socket, size: int) -> None:
 
 def log_buffers(sock: socket.socket, size: int, whose: str) -> None:
     """Log the queues that *sock* got, and how to get the *size* that was asked for."""
-    # The kernel doubles what is asked for, to make room for what it adds to each datagram.
-    actual = [sock.getsockopt(socket.SOL_SOCKET, plain) // 2 for plain, _, _ in _DIRECTIONS]
+    actual = [_actual(sock, plain) for plain, _, _ in _DIRECTIONS]
     logger.info("%s: the kernel queues %d bytes to read, %d to send", whose, *actual)
     limits = [
         f"{limit}={size}"
@@ -47,3 +51,8 @@ def log_buffers(sock: socket.socket, size: int, whose: str) -> None:
             size,
             " ".join(limits),
         )
+
+
+def _actual(sock: socket.socket, plain: int) -> int:
+    """Return the bytes of a queue. The kernel doubles them, for what it adds to each datagram."""
+    return sock.getsockopt(socket.SOL_SOCKET, plain) // 2

@@ -13,6 +13,7 @@ Everything here runs in one thread. Other threads reach it through a
 import logging
 import select
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Protocol
@@ -22,6 +23,9 @@ from relay.timerwheel import TimerWheel
 logger = logging.getLogger("relay.net.reactor")
 
 MAX_EVENTS: Final = 128  # sockets served per turn
+LONG_TURN: Final = 0.001  # seconds; what is shorter nobody asks for
+SLOW_TURN: Final = 0.1  # seconds: a wait that a caller would hear
+REMEMBERED_TURNS: Final = 120.0  # seconds
 
 Handler = Callable[[], None]
 
@@ -61,7 +65,8 @@ class Reactor:
         self._retired: list[Closable] = []
         self._stopped = False
         self.awake_since: float | None = None  # on the clock; None while it waits
-        self.longest_turn = 0.0  # seconds, since whoever watches it set it to 0
+        self.slow_turns = 0  # how many took longer than SLOW_TURN
+        self._long_turns: deque[tuple[float, float]] = deque()  # (end, duration), ever shorter
 
     def register(self, source: Closable, on_readable: Handler) -> None:
         """Call *on_readable* whenever *source* has something to read."""
@@ -125,9 +130,28 @@ class Reactor:
         if self._retired:
             self.close_retired()
         self.awake_since = None
-        lasted = clock() - woke
-        if lasted > self.longest_turn:
-            self.longest_turn = lasted
+        now = clock()
+        if now - woke > LONG_TURN:
+            self._remember_turn(now, now - woke)
+
+    def longest_turn(self) -> float:
+        """Return how long the longest turn of the last two minutes took, in seconds.
+
+        Datagrams may have waited for so long. Safe in any thread.
+        """
+        since = self.clock() - REMEMBERED_TURNS
+        return max((lasted for end, lasted in list(self._long_turns) if end >= since), default=0.0)
+
+    def _remember_turn(self, end: float, lasted: float) -> None:
+        """Keep what may become the longest turn of those remembered: a sliding maximum."""
+        turns = self._long_turns
+        while turns and turns[-1][1] <= lasted:
+            turns.pop()
+        turns.append((end, lasted))
+        while turns[0][0] < end - REMEMBERED_TURNS:
+            turns.popleft()
+        if lasted > SLOW_TURN:
+            self.slow_turns += 1
 
     def stop(self) -> None:
         """Return from :meth:`run` after the present turn."""

@@ -33,6 +33,8 @@ class Signals:
         # A Python handler must exist, or the default action would end the process.
         for number in self._caught:
             signal.signal(number, _ignore)
+        # Whoever held them back until they can be handled need not do so any more.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._caught)
         return self
 
     def __exit__(
@@ -50,7 +52,7 @@ class Signals:
 
     def deliver(self) -> None:
         """Handle the signals that have come. Register this with the reactor."""
-        for number in self._reader.recv(256):
+        for number in dict.fromkeys(self._reader.recv(4096)):  # a storm of one counts as one
             if number in self._caught:
                 self._on_signal(number)
 

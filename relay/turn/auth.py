@@ -6,6 +6,7 @@ that the relay can check without having seen them before.
 
 import hashlib
 import hmac
+import json
 from base64 import b64encode
 from enum import Enum
 from typing import Final
@@ -37,6 +38,12 @@ def password(expiry: str, salt: str, secret: str) -> str:
 def mint(expiry: int, salt: str, secret: str) -> tuple[str, str]:
     """Return a username, valid until *expiry* in Unix time, and its password."""
     return f"{expiry}:{salt}", password(str(expiry), salt, secret)
+
+
+def as_json(urls: list[str], username: str, password: str, expiry: int) -> str:
+    """Return a credential as WebRTC's RTCIceServer has it, with its end in Unix time."""
+    credential = {"urls": urls, "username": username, "credential": password, "expires": expiry}
+    return json.dumps(credential)
 
 
 class Authenticator:

@@ -77,7 +77,7 @@ Command = SendMessage | OpenPort | ClosePort | BindChannel | UnbindChannel
 class PortFailure(Enum):
     """Why a port was not opened."""
 
-    IN_USE = "in use by another process"  # another one may do
+    IN_USE = "in use by another process, or reserved"  # another one may do
     REFUSED = "refused by the system"  # out of descriptors or memory: no other will do
 
 

@@ -4,8 +4,9 @@ A relay on the internet that would send anywhere is a way into the network it st
 (RFC 8656 §21.1.7, §21.4), so what is not public is refused unless the operator says otherwise.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final
 
@@ -55,6 +56,8 @@ NOT_PUBLIC: Final = {
     "ff00::/8": "multicast",
 }
 
+REMEMBERED_HOSTS: Final = 4096  # for the rules that apply to them
+
 # Prefixes that carry an IPv4 address, and how many bits follow it.
 _IPV4_INSIDE: Final = (
     (IPv6Network("::ffff:0:0/96"), 0),
@@ -90,7 +93,7 @@ class PeerPolicy:
         self,
         allow: Iterable[str] = (),
         deny: Iterable[str] = (),
-        own: Iterable[Address] = (),
+        own: Collection[Address] = (),
         own_hosts: Iterable[str] = (),
     ) -> None:
         """Build the rules from prefixes in CIDR notation. Raises ValueError for a bad one.
@@ -125,16 +128,28 @@ class PeerPolicy:
             rules, key=lambda rule: (rule.length, rule.by_flag, not rule.allows), reverse=True
         )
         self._own = {(ip_address(host), port) for host, port in own}
+        self._own_ports = {port for _, port in own}
         self._own_hosts = {ip_address(host) for host in own_hosts}
+        self._host_refusal = lru_cache(REMEMBERED_HOSTS)(self._judge_host)
 
     def refusal(self, peer: Address) -> str | None:
         """Say which rule forbids *peer* and which flag would allow it, or None if it is allowed."""
         host, port = peer
         if port == 0:
             return "port 0 cannot be sent to"
+        if port in self._own_ports and self._is_own(host, port):
+            return f"{format_endpoint(host, port)} is this relay itself; nothing allows it"
+        return self._host_refusal(host)
+
+    def _is_own(self, host: str, port: int) -> bool:
+        """Tell if the relay serves there. Any loopback address may lead to it, and none at all."""
+        return any(
+            (spelling, port) in self._own or spelling.is_loopback or spelling.is_unspecified
+            for spelling in _spellings(ip_address(host))
+        )
+
+    def _judge_host(self, host: str) -> str | None:
         for spelling in _spellings(ip_address(host)):
-            if (spelling, port) in self._own:
-                return f"{format_endpoint(host, port)} is this relay itself; nothing allows it"
             for rule in self._rules:
                 if rule.covers(spelling):
                     if not rule.allows:

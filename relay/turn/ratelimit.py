@@ -12,7 +12,7 @@ from typing import Final
 from relay.stun.address import prefix_of
 from relay.turn.commands import Drop
 
-BURST: Final = 20.0  # seconds' worth of answers that may come at once after a pause
+BURST: Final = 5.0  # seconds' worth of answers that may come at once after a pause
 IPV4_BYTES: Final = 3  # of an address make the prefix: /24
 IPV6_BYTES: Final = 7  # /56, what a customer of a provider gets
 SLOTS: Final = 1 << 16
@@ -37,14 +37,20 @@ class RateLimiter:
         self._spacing_in_all = 1 / total if total else 0.0
 
     def refusal(self, host: str, now: float) -> Drop | None:
-        """Say which limit an answer to *host* would exceed; if none, count it as sent."""
-        slot = hash(prefix_of(host, IPV4_BYTES, IPV6_BYTES)) % SLOTS
-        due, due_in_all = self._due[slot], self._due_in_all
+        """Say which limit an answer to *host* would exceed, or None."""
         latest = now + BURST
-        if self._spacing and due > latest:
-            return Drop.PREFIX_RATE
-        if self._spacing_in_all and due_in_all > latest:
+        if self._spacing_in_all and self._due_in_all > latest:
             return Drop.TOTAL_RATE
-        self._due[slot] = max(due, now) + self._spacing
-        self._due_in_all = max(due_in_all, now) + self._spacing_in_all
+        if self._spacing and self._due[_slot(host)] > latest:
+            return Drop.PREFIX_RATE
         return None
+
+    def count(self, host: str, now: float) -> None:
+        """Count an answer to *host* as sent."""
+        slot = _slot(host)
+        self._due[slot] = max(self._due[slot], now) + self._spacing
+        self._due_in_all = max(self._due_in_all, now) + self._spacing_in_all
+
+
+def _slot(host: str) -> int:
+    return hash(prefix_of(host, IPV4_BYTES, IPV6_BYTES)) % SLOTS

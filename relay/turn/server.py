@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 from relay.stun import integrity
 from relay.stun.address import Address, family_of, format_endpoint
 from relay.stun.attributes import Attr, Attribute, DecodeError
-from relay.stun.const import UDP_PROTOCOL, ErrorCode, Family, Kind, Method
+from relay.stun.const import HEADER_SIZE, UDP_PROTOCOL, ErrorCode, Family, Kind, Method
 from relay.stun.message import Message, Received, WrongFingerprint, decode
 from relay.turn.auth import REALM, Authenticator, AuthFailure
 from relay.turn.commands import (
@@ -37,6 +37,9 @@ DEFAULT_LIFETIME: Final = 600  # seconds. RFC 8656 §7.2
 MAX_LIFETIME: Final = 3600  # seconds. RFC 8656 §7.2
 MOST_UNKNOWN_NAMED: Final = 32  # attributes in a 420: more could not be a mistake
 PORT_TRIES: Final = 16  # ports that other processes hold, before a client is told to give up
+
+SHORTEST_SIGNED: Final = HEADER_SIZE + 24  # bytes: a header and MESSAGE-INTEGRITY
+JUDGED_AT_ONCE: Final = 500  # channels, when rules change; the others wait for their turn
 
 _METHOD_NAMES: Final[dict[int, str]] = {method: method.name.lower() for method in Method}
 _Attributes = list[tuple[Attribute[Any], Any]]
@@ -87,6 +90,7 @@ class Server:
         self.auth_failures: Counter[AuthFailure] = Counter()
         self._opening: dict[int, _Opening] = {}  # by port, between OpenPort and its answer
         self._draining = False
+        self._unjudged: list[Allocation] = []  # by rules about peers that have changed
 
     def handle_request(
         self, datagram: bytes, client: ClientAddress, *, now: float, unix_now: float
@@ -95,6 +99,10 @@ class Server:
 
         *now* is in monotonic seconds, *unix_now* in seconds of Unix time.
         """
+        host = client[0][0]
+        over = self._strangers.refusal(host, now)
+        if over is not None and len(datagram) < SHORTEST_SIGNED:
+            return over  # before any work
         try:
             received = decode(datagram)
         except WrongFingerprint:
@@ -105,9 +113,9 @@ class Server:
             return Drop.NOT_A_REQUEST
         request = _Request(received, client, self._signing_key(received), now, unix_now)
         if request.key is None:
-            over = self._strangers.refusal(client[0][0], now)
             if over is not None:
                 return over
+            self._strangers.count(host, now)
         try:
             self._serve(request)
         except Refused as refused:
@@ -132,10 +140,11 @@ class Server:
     def handle_timeout(self, now: float) -> None:
         """Let everything end whose time has come."""
         self._tables.expire(now)
+        self._judge_some(now)
 
     def poll_timeout(self) -> float | None:
         """Return when to call :meth:`handle_timeout`, in monotonic seconds, or None."""
-        return self._tables.next_deadline
+        return 0.0 if self._unjudged else self._tables.next_deadline
 
     def next_command(self) -> Command | None:
         """Return the next thing to do, or None when all is done."""
@@ -153,9 +162,14 @@ class Server:
         )
 
     def change_peer_policy(self, peer_policy: PeerPolicy, *, now: float) -> None:
-        """Go on with other rules, and unbind at once the channels that they forbid."""
+        """Go on with other rules, and unbind the channels that they forbid.
+
+        At once if there are few channels; else some at a time, so that nobody's data has to
+        wait for all of them: :meth:`poll_timeout` asks for the next.
+        """
         self._peer_policy = peer_policy
-        self._tables.judge_peers(self._reach, now)
+        self._unjudged = self._tables.all()
+        self._judge_some(now)
 
     @property
     def allocations(self) -> int:
@@ -164,13 +178,18 @@ class Server:
 
     @property
     def channels(self) -> int:
-        """How many channels there are, cooling ones too."""
-        return self._tables.channels
+        """How many channels are bound."""
+        return self._tables.bound
 
     def check(self) -> None:
         """Assert that the state agrees with itself. For tests."""
         self._tables.check()
         assert all(self._tables.at_port(port) is None for port in self._opening)
+
+    def _judge_some(self, now: float) -> None:
+        judged = 0
+        while self._unjudged and judged < JUDGED_AT_ONCE:
+            judged += self._tables.judge_peers(self._unjudged.pop(), self._reach, now)
 
     def _signing_key(self, received: Received) -> bytes | None:
         """Return the claimed user's key if the request is signed with it, else None.
@@ -221,13 +240,19 @@ class Server:
             self.auth_failures[AuthFailure.STALE_NONCE] += 1
             raise Refused(ErrorCode.STALE_NONCE, "nonce not from here, or too old")
         if request.key is None:
-            self._fail(request, AuthFailure.WRONG_CREDENTIALS, "unknown user or wrong password")
+            self._fail_authentication(
+                request, AuthFailure.WRONG_CREDENTIALS, "unknown user or wrong password"
+            )
         if self._authenticator.has_expired(username, request.unix_now):
-            self._fail(request, AuthFailure.EXPIRED_CREDENTIALS, "credentials have expired")
+            self._fail_authentication(
+                request, AuthFailure.EXPIRED_CREDENTIALS, "credentials have expired"
+            )
         _require_known_attributes(request)
         return username
 
-    def _fail(self, request: "_Request", failure: AuthFailure, reason: str) -> NoReturn:
+    def _fail_authentication(
+        self, request: "_Request", failure: AuthFailure, reason: str
+    ) -> NoReturn:
         """Refuse a client whose nonce was good: the address is its own, and can be named."""
         self.auth_failures[failure] += 1
         host, port = request.mapped_address
@@ -268,14 +293,10 @@ class Server:
         if self._settings.one_allocation_per_username:
             replaced = self._tables.of_username(username)
         self._require_quota(username, client[0][0], replaced)
-        for other in replaced:
+        self._require_capacity(families, replaced)
+        for other in replaced:  # only now: a refusal must not cost what there is
             logger.debug("%s takes over from %s", client[0], other.client[0])
             self._tables.delete(other)
-        if len(self._tables) + len(self._opening) >= self._settings.max_allocations:
-            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many allocations as are allowed")
-        opening = sum(len(opening.families) for opening in self._opening.values())
-        if self._tables.sockets + opening + len(families) > self._settings.max_sockets:
-            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many sockets as are allowed")
         self._open_some_port(_Opening(request, username, families, tried=set()))
 
     def _require_quota(self, username: str, host: str, replaced: list[Allocation]) -> None:
@@ -292,6 +313,17 @@ class Server:
             leaving = sum(site_of(other.client[0][0]) == site for other in replaced)
             if self._tables.at_site(site) - leaving + opening >= most:
                 raise Refused(ErrorCode.ALLOCATION_QUOTA_REACHED, f"the address has {most}")
+
+    def _require_capacity(self, families: tuple[Family, ...], replaced: list[Allocation]) -> None:
+        """RFC 8656 §7.2: 508 for more than this relay may hold, or can."""
+        allocations = len(self._tables) + len(self._opening)
+        if not replaced and allocations >= self._settings.max_allocations:
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many allocations as are allowed")
+        opening = sum(len(opening.families) for opening in self._opening.values())
+        leaving = sum(len(other.families) for other in replaced)
+        sockets = self._tables.sockets - leaving + opening + len(families)
+        if sockets > self._settings.max_sockets:
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many sockets as are allowed")
 
     def _families(self, message: Message) -> tuple[Family, ...]:
         """Which relayed addresses an Allocate gets. RFC 8656 §7.2."""

@@ -93,9 +93,14 @@ class Tables:
         self._commands = commands
         self.sockets = 0  # relay ports in use, counted once per family
         self.channels = 0  # bound and cooling ones
+        self.bound = 0
 
     def __len__(self) -> int:
         return len(self._by_client)
+
+    def all(self) -> list[Allocation]:
+        """Return every allocation."""
+        return list(self._by_client.values())
 
     def of_client(self, client: ClientAddress) -> Allocation | None:
         """Return the allocation of a 5-tuple."""
@@ -178,22 +183,23 @@ class Tables:
         channel.state = NEXT[channel.state, Input.BIND]
         self._deadlines.schedule(channel, now + CHANNEL_LIFETIME)
 
-    def judge_peers(self, judge: Callable[[PeerAddress], bool | None], now: float) -> None:
-        """Apply changed rules to every bound channel.
+    def judge_peers(
+        self, allocation: Allocation, judge: Callable[[PeerAddress], bool | None], now: float
+    ) -> int:
+        """Apply changed rules to an allocation's bound channels; return how many there are.
 
         *judge* tells whether datagrams to a peer may leave this relay; None if it may not be
         reached at all: its channel is unbound, as if its time had come.
         """
-        for allocation in self._by_client.values():
-            for channel in allocation.channels.values():
-                if channel.state is not Binding.BOUND:
-                    continue
-                reaches_outside = judge(channel.peer)
-                if reaches_outside is None:
-                    self._expire_channel(channel, now)
-                elif reaches_outside is not channel.reaches_outside:
-                    self._unbind(channel)
-                    self._bind(channel, reaches_outside=reaches_outside)
+        bound = [c for c in allocation.channels.values() if c.state is Binding.BOUND]
+        for channel in bound:
+            reaches_outside = judge(channel.peer)
+            if reaches_outside is None:
+                self._expire_channel(channel, now)
+            elif reaches_outside is not channel.reaches_outside:
+                self._unbind(channel)
+                self._bind(channel, reaches_outside=reaches_outside)
+        return len(bound)
 
     def expire(self, now: float) -> None:
         """Serve every deadline up to *now*."""
@@ -216,11 +222,13 @@ class Tables:
 
     def _bind(self, channel: Channel, *, reaches_outside: bool) -> None:
         channel.reaches_outside = reaches_outside
+        self.bound += 1
         self._commands.append(
             BindChannel(channel.client, channel.number, channel.port, channel.peer, reaches_outside)
         )
 
     def _unbind(self, channel: Channel) -> None:
+        self.bound -= 1
         self._commands.append(
             UnbindChannel(channel.client, channel.number, channel.port, channel.peer)
         )
@@ -247,6 +255,8 @@ class Tables:
         assert self._by_site == Counter(site_of(a.client[0][0]) for a in allocations)
         assert self.sockets == sum(len(a.families) for a in allocations)
         assert self.channels == sum(len(a.channels) for a in allocations)
+        channels = [c for a in allocations for c in a.channels.values()]
+        assert self.bound == sum(c.state is Binding.BOUND for c in channels)
         assert len(self._deadlines) == len(allocations) + self.channels
 
 
