@@ -115,18 +115,26 @@ class Reactor:
         """Wait for something to do, and do it."""
         clock = self.clock
         deadline = self._timers.next_deadline
-        timeout = None if deadline is None else max(0.0, deadline - clock())
+        timeout = None if deadline is None else deadline - clock()
+        if timeout is not None and timeout < 0:
+            timeout = 0
         events = self._epoll.poll(timeout, MAX_EVENTS)
         self.awake_since = woke = clock()
         if deadline is not None and deadline <= woke:
             for callback in self._timers.advance(woke):
-                self._call(callback)
+                try:
+                    callback()
+                except Exception as error:  # noqa: BLE001 - one bug must not end everyone's calls
+                    self._on_bug(error)
         handlers = self._handlers
         for fd, _ in events:
             # Looked up only now: a handler before it may have retired this one.
             handler = handlers.get(fd)
             if handler is not None:
-                self._call(handler)
+                try:
+                    handler()
+                except Exception as error:  # noqa: BLE001 - likewise
+                    self._on_bug(error)
         if self._retired:
             self.close_retired()
         self.awake_since = None
@@ -162,9 +170,3 @@ class Reactor:
         self.close_retired()
         with suppress(OSError):
             self._epoll.close()
-
-    def _call(self, handler: Handler) -> None:
-        try:
-            handler()
-        except Exception as error:  # noqa: BLE001 - one bug must not end everyone's calls
-            self._on_bug(error)
