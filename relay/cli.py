@@ -1,17 +1,18 @@
 """From flags, environment and file to a ``Config``, and from how it ends to an exit code."""
 
 import argparse
-import functools
-import glob
+import io
 import json
 import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,16 +21,17 @@ from typing import Any, Final, NoReturn, TextIO
 import configargparse
 
 from relay.config import Config, ConfigError, Reloaded
-from relay.daemon import Daemon, DaemonError
+from relay.daemon import CAUGHT, Daemon, DaemonError
 from relay.logs import configure
 from relay.net.addresses import is_local, outward_address
-from relay.options import CREDENTIALS, DEFAULT_FILE, OPTIONS, Option, parse_token, read_token_file
-from relay.turn.auth import mint
+from relay.options import CREDENTIALS, DEFAULT_FILE, OPTIONS, Option, parse_token, read_file
+from relay.turn.auth import as_json, mint
 from relay.version import __version__
 
 logger = logging.getLogger("relay.cli")
 
 PROGRAM: Final = "firezone-relay"
+INTERRUPTED: Final = 130  # what a shell makes of SIGINT
 
 _BY_NAME: Final = {option.name: option for option in OPTIONS}
 
@@ -43,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(os.EX_USAGE, f"{error} (--help lists the options)")
     except ConfigError as error:
         return _fail(os.EX_CONFIG, str(error))
-    except DaemonError as error:
-        return _fail(error.exit_code, str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except OSError as error:  # stdout is full, or closed
         return _fail(os.EX_OSERR, str(error))
     except Exception:
@@ -52,13 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return os.EX_SOFTWARE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Command:
     """What the command line asks for, once everything has been read."""
 
     config: Config
     texts: dict[str, tuple[str, ...]]  # every option that has a value, as it could be written
-    file: str  # of options; it need not exist
+    file: str | None  # of options; None: there is none
+    token_source: str | None  # if that is no option
     secret_files: tuple[str, ...]
     check_config: bool
     print_config: bool
@@ -70,25 +73,31 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
 
     Raises UsageError for a bad command line, ConfigError for a bad value.
     """
-    _value.cache_clear()
-    variables, bad_variable = _variables(environment)
-    namespace = build_parser(_given_file(argv)).parse_args(list(argv), env_vars=variables)
-    if bad_variable is not None:  # only now: --help should help
-        raise bad_variable
+    return _read(argv, environment, _Reader(again=False))
+
+
+def _read(argv: Sequence[str], environment: Mapping[str, str], reader: "_Reader") -> Command:
+    parser = build_parser()
+    given = parser.parse_args(list(argv), env_vars={})  # --help ends here, before files are read
+    variables = _variables(environment, reader)
+    file, lines = _file(given.config, reader)
+    namespace = parser.parse_args(
+        list(argv), env_vars=variables, config_file_contents=json.dumps(lines)
+    )
     values: dict[str, Any] = {}
     texts: dict[str, tuple[str, ...]] = {}
     for option in OPTIONS:
-        given = _texts(getattr(namespace, option.dest))
-        parsed = [_parse(option, text, "command line") for text in given]
+        written = _texts(getattr(namespace, option.dest))
+        parsed = [reader.value(option, text, "command line") for text in written]
         if parsed:
             values[option.name] = sum(parsed, ()) if option.repeatable else parsed[-1]
-            texts[option.name] = given
+            texts[option.name] = written
         elif option.default is not None:
             values[option.name] = option.parse(option.default)
             texts[option.name] = (option.default,)
         else:
             values[option.name] = () if option.repeatable else None
-    token_sources = _find_token(values, texts, environment)
+    token_source, token_files = _find_token(values, texts, environment, reader)
     if values["token-file"] is None:
         _find_public_addresses(values, texts)
     config = Config(
@@ -98,8 +107,9 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
     return Command(
         config,
         texts,
-        file=namespace.config or DEFAULT_FILE,
-        secret_files=(*token_sources, *texts.get("relay-secret-file", ())),
+        file=file,
+        token_source=token_source,
+        secret_files=(*token_files, *texts.get("relay-secret-file", ())),
         check_config=namespace.check_config,
         print_config=namespace.print_config,
         mint=namespace.mint,
@@ -110,19 +120,13 @@ class UsageError(Exception):
     """The command line is wrong."""
 
 
-def _variables(environment: Mapping[str, str]) -> tuple[dict[str, str], ConfigError | None]:
-    """Return the variables that hold good values, and what is wrong with the first other one."""
-    good: dict[str, str] = {}
-    bad: ConfigError | None = None
+def _variables(environment: Mapping[str, str], reader: "_Reader") -> dict[str, str]:
+    """Return the variables that are set. Raises ConfigError if one is wrong."""
+    texts = {o.variable: environment[o.variable] for o in OPTIONS if environment.get(o.variable)}
     for option in OPTIONS:
-        text = environment.get(option.variable)
-        if text:
-            try:
-                _parse(option, text, f"variable {option.variable}")
-                good[option.variable] = text
-            except ConfigError as error:
-                bad = bad or error
-    return good, bad
+        if option.variable in texts:
+            reader.value(option, texts[option.variable], f"variable {option.variable}")
+    return texts
 
 
 def reread(
@@ -130,13 +134,14 @@ def reread(
 ) -> Reloaded:
     """Read the options again for a relay that was started with *running* and has *config*.
 
-    Raises UsageError or ConfigError, as :func:`read` does, also where something that was read
-    cannot be read twice.
+    Raises UsageError or ConfigError, as :func:`read` does, also where a file is gone, or cannot
+    be read again. *running* is told which file was read.
     """
-    for path in (running.file, *running.secret_files):
-        if Path(path).exists() and not Path(path).is_file():
-            raise ConfigError(f"{path}: is no regular file and cannot be read again")
-    wanted = read(argv, environment).config
+    command = _read(argv, environment, _Reader(again=True))
+    if running.file is not None and command.file is None:
+        raise ConfigError(f"{running.file}: is gone")
+    running.file = command.file
+    wanted = command.config
     changed = [o for o in OPTIONS if getattr(wanted, o.field) != getattr(config, o.field)]
     return Reloaded(
         replace(config, **{o.field: getattr(wanted, o.field) for o in changed if o.reloads}),
@@ -148,9 +153,7 @@ def reread(
 def _run(argv: Sequence[str], command: Command) -> int:
     configure(command.config.log_format, command.config.log_levels)
     if command.print_config:
-        for option in OPTIONS:
-            for text in command.texts.get(option.name, ()):
-                print(f"{option.name} = {text}")
+        _print_config(command)
     if command.check_config:
         print("the configuration is good")
     if command.mint is not None:
@@ -158,9 +161,33 @@ def _run(argv: Sequence[str], command: Command) -> int:
     if command.print_config or command.check_config or command.mint is not None:
         return os.EX_OK
     _warn_about_secret_files(command.secret_files)
-    daemon = Daemon(command.config, reread=partial(reread, argv, os.environ, command))
-    daemon.run()
+    # From here on the log tells, which waits for nobody, in the format that was asked for.
+    signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)  # until they are caught
+    try:
+        Daemon(command.config, reread=partial(reread, argv, os.environ, command)).run()
+    except ConfigError as error:
+        logger.error("%s", error)  # noqa: TRY400
+        return os.EX_CONFIG
+    except DaemonError as error:
+        logger.error("%s", error)  # noqa: TRY400
+        return error.exit_code
     return os.EX_OK
+
+
+def _print_config(command: Command) -> None:
+    """Print a file that means the same, but for a token that no option names."""
+    for option in OPTIONS:
+        for text in command.texts.get(option.name, ()):
+            print(f"{option.name} = {text}")
+    config = command.config
+    if command.token_source is not None:
+        print(f"# token: from {command.token_source}")
+    if config.one_allocation_per_username is None:
+        word, why = (
+            str(config.allows_takeover).lower(),
+            "without" if config.token is None else "with",
+        )
+        print(f"# one-allocation-per-username = {word} (default {why} a token)")
 
 
 def _print_credential(config: Config, seconds: int) -> None:
@@ -170,48 +197,46 @@ def _print_credential(config: Config, seconds: int) -> None:
         )
     expires = int(time.time()) + seconds
     username, password = mint(expires, secrets.token_urlsafe(12), config.relay_secret)
-    credential = {
-        "urls": config.urls,
-        "username": username,
-        "credential": password,
-        "expires": expires,
-    }
-    print(json.dumps(credential))
+    print(as_json(config.urls, username, password, expires))
 
 
 def _warn_about_secret_files(paths: Iterable[str]) -> None:
     for path in paths:
-        if Path(path).stat().st_mode & 0o004:
-            logger.warning("%s can be read by every user of this machine", path)
+        with suppress(OSError):  # a pipe may be gone by now
+            if Path(path).stat().st_mode & 0o004:
+                logger.warning("%s can be read by every user of this machine", path)
 
 
 def _find_token(
-    values: dict[str, Any], texts: Mapping[str, tuple[str, ...]], environment: Mapping[str, str]
-) -> tuple[str, ...]:
-    """Look for a token where it may be; return the files that it was read from.
+    values: dict[str, Any],
+    texts: Mapping[str, tuple[str, ...]],
+    environment: Mapping[str, str],
+    reader: "_Reader",
+) -> tuple[str | None, tuple[str, ...]]:
+    """Look for a token where it may be; return the source if that is no option, and its files.
 
     In --token-file; in FIREZONE_TOKEN, itself or as a path; in the credentials of systemd.
     """
     if values["token-file"] is not None:
-        return texts["token-file"]
+        return None, texts["token-file"]
     variable = environment.get("FIREZONE_TOKEN")
     directory = environment.get("CREDENTIALS_DIRECTORY")
     credential = Path(directory or "/nowhere", "FIREZONE_TOKEN")
-    source = "variable FIREZONE_TOKEN"
+    source = place = "variable FIREZONE_TOKEN"
     try:
         if variable and not _is_file(variable):
             values["token-file"] = parse_token(variable)
-            return ()
+            return source, ()
         if variable:
-            source, path = f"{source}, file {variable}", variable
+            place, path = f"{source}, file {variable}", variable
         elif directory and not _is_missing(credential):
-            source, path = f"file {credential}", str(credential)
+            source, place, path = "credentials directory", f"file {credential}", str(credential)
         else:
-            return ()
-        values["token-file"] = read_token_file(path)
+            return None, ()
+        values["token-file"] = parse_token(reader.text(path))
     except ValueError as error:
-        raise ConfigError(f"the token {error} ({source})") from None
-    return (path,)
+        raise ConfigError(f"the token {error} ({place})") from None
+    return source, (path,)
 
 
 def _is_missing(path: Path) -> bool:
@@ -226,10 +251,14 @@ def _is_missing(path: Path) -> bool:
 
 
 def _is_file(text: str) -> bool:
+    """Tell if a text, which may be a token as well, names a file."""
     try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # as a name it is too long, or has a NUL in it
+        Path(text).lstat()
+    except PermissionError:
+        return text.startswith("/")
+    except (OSError, ValueError):  # also if as a name it is too long, or has a NUL in it
         return False
+    return True
 
 
 def _find_public_addresses(values: dict[str, Any], texts: dict[str, tuple[str, ...]]) -> None:
@@ -249,19 +278,38 @@ def _find_public_addresses(values: dict[str, Any], texts: dict[str, tuple[str, .
             texts[name] = (host,)
 
 
-def _parse(option: Option, text: str, source: str) -> Any:  # noqa: ANN401
-    """Read one value. Raises ConfigError with the option, the value and its *source*."""
-    try:
-        return _value(option, text)
-    except ValueError as error:
-        raise ConfigError(f"{option.name} {text!r}: {error} ({source})") from None
+class _Reader:
+    """Reads values and files, every value once: its file may be a pipe.
 
+    *again*: files are read for the second time, see :func:`relay.options.read_file`.
+    """
 
-@functools.cache  # a file may be a pipe, which can be read only once
-def _value(option: Option, text: str) -> Any:  # noqa: ANN401
-    if not text.isprintable() or (text != text.strip() and not option.repeatable):
-        raise ValueError("holds control characters, or blanks at its ends")
-    return option.parse(text)
+    def __init__(self, *, again: bool) -> None:
+        self._again = again
+        self._values: dict[tuple[str, str], Any] = {}
+
+    def value(self, option: Option, text: str, source: str) -> Any:  # noqa: ANN401
+        """Read one value. Raises ConfigError with the option, the value and its *source*."""
+        key = (option.name, text)
+        try:
+            if key not in self._values:
+                self._values[key] = self._parse(option, text)
+        except ValueError as error:
+            raise ConfigError(f"{option.name} {text!r}: {error} ({source})") from None
+        return self._values[key]
+
+    def text(self, path: str) -> str:
+        """Return what is in a file that should be ASCII. Raises ValueError with the reason."""
+        return self.content(path).decode("ascii", "replace")
+
+    def content(self, path: str) -> bytes:
+        """Return what is in a file. Raises ValueError with the reason."""
+        return read_file(path, again=self._again)
+
+    def _parse(self, option: Option, text: str) -> Any:  # noqa: ANN401
+        if not text.isprintable() or (text != text.strip() and not option.repeatable):
+            raise ValueError("holds control characters, or blanks at its ends")
+        return option.parse(self.text(text) if option.in_file else text)
 
 
 def _texts(given: object) -> tuple[str, ...]:
@@ -286,65 +334,54 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         raise UsageError(message)
 
 
-class _File(configargparse.ConfigFileParser):  # type: ignore[misc]
-    """``key = value`` lines, the value as it stands; ``#`` or ``;`` begins a comment line."""
-
-    def get_syntax_description(self) -> str:
-        return "Lines of a file: key = value"
+class _Lines(configargparse.ConfigFileParser):  # type: ignore[misc]
+    """Takes what ``_file`` has read: as JSON, since ConfigArgParse passes on nothing but text."""
 
     def parse(self, stream: TextIO) -> dict[str, str | list[str]]:
-        """Return text by option name. Raises ConfigError naming file and line."""
-        texts: dict[str, list[str]] = {}
-        for number, raw_line in enumerate(_lines(stream), 1):
-            line = raw_line.strip()
-            if not line or line[0] in "#;":
-                continue
-            place = f"{stream.name} line {number}"
-            name, equals, text = (part.strip() for part in line.partition("="))
-            if not name or not equals:
-                raise ConfigError(f"{line!r}: not 'key = value' ({place})")
-            option = _BY_NAME.get(name)
-            if option is None:
-                raise ConfigError(f"{name!r}: there is no such option ({place})")
-            if name in texts and not option.repeatable:
-                raise ConfigError(f"{name!r}: given twice ({place})")
-            if text:
-                _parse(option, text, place)
-                texts.setdefault(name, []).append(text)
-        return {name: t if _BY_NAME[name].repeatable else t[0] for name, t in texts.items()}
+        return dict(json.load(stream))
 
 
-def _lines(stream: TextIO) -> Iterable[str]:
+def _file(path: str | None, reader: _Reader) -> tuple[str | None, dict[str, str | list[str]]]:
+    """Read the file at *path*, or the default file if there is one: its path, text by option.
+
+    Lines are ``key = value``, the value as it stands; ``#`` or ``;`` begins a comment line.
+    Raises ConfigError naming file and line. What may be a line of another file, perhaps of
+    secrets, is not quoted.
+    """
+    if path is None:
+        if _is_missing(Path(DEFAULT_FILE)):
+            return None, {}
+        path = DEFAULT_FILE
+    shown = path or "''"
     try:
-        yield from stream
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{stream.name}: cannot be read: {error}") from None
+        content = reader.content(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown}: cannot be read: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{shown}: {error}") from None
+    texts: dict[str, list[str]] = {}
+    for number, raw_line in enumerate(io.StringIO(content, newline=None), 1):
+        line = raw_line.strip()
+        if not line or line[0] in "#;":
+            continue
+        place = f"{path} line {number}"
+        name, equals, text = (part.strip() for part in line.partition("="))
+        if not name or not equals:
+            raise ConfigError(f"not 'key = value' ({place})")
+        option = _BY_NAME.get(name)
+        if option is None:
+            named = f"{name!r}: " if re.fullmatch("[a-z0-9-]{1,40}", name) else ""
+            raise ConfigError(f"{named}there is no such option ({place})")
+        if name in texts and not option.repeatable:
+            raise ConfigError(f"{name!r}: given twice ({place})")
+        if text:
+            reader.value(option, text, place)
+            texts.setdefault(name, []).append(text)
+    return path, {name: t if _BY_NAME[name].repeatable else t[0] for name, t in texts.items()}
 
 
-def _open(path: str) -> TextIO:
-    try:
-        return Path(path).open(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        shown = path or "''"
-        raise ConfigError(f"{shown}: cannot be read: {reason}") from None
-
-
-def _given_file(argv: Sequence[str]) -> str | None:
-    """Return the file that the command line names. Raises ConfigError if it cannot be read."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-c", "--config")
-    try:
-        path: str | None = parser.parse_known_args(argv)[0].config
-    except argparse.ArgumentError:
-        return None  # -c without a value: the real parser will say so
-    if path is not None and not {"-h", "--help", "--version"} & set(argv):
-        _open(path).close()
-    return path
-
-
-def build_parser(file: str | None = None) -> _Parser:
-    """Build the parser that reads *file*, or the default file if there is one."""
+def build_parser() -> _Parser:
+    """Build the parser of the command line."""
     parser = _Parser(
         prog=PROGRAM,
         usage="%(prog)s [-c FILE] [option ...]",
@@ -355,9 +392,7 @@ def build_parser(file: str | None = None) -> _Parser:
         add_help=False,
         add_config_file_help=False,
         add_env_var_help=False,
-        default_config_files=[glob.escape(file) if file is not None else DEFAULT_FILE],
-        config_file_parser_class=_File,
-        config_file_open_func=_open,
+        config_file_parser_class=_Lines,
         formatter_class=argparse.HelpFormatter,
     )
     groups: dict[str, Any] = {}
@@ -420,5 +455,9 @@ def _seconds(text: str) -> int:
 def _fail(exit_code: int, message: str) -> int:
     """Say on one line, whatever is in it, what is wrong."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f"{PROGRAM}: {line}", file=sys.stderr)
+    try:
+        print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # nobody can be told, but the exit code still tells
+        with suppress(OSError, ValueError):
+            sys.stderr.close()  # or it would be tried again at exit, and change the code
     return exit_code

@@ -39,7 +39,7 @@ from relay.portal.phoenix import (
 )
 from relay.stun.address import family_of, format_endpoint
 from relay.stun.const import Family
-from relay.turn.auth import Authenticator, AuthFailure, mint
+from relay.turn.auth import Authenticator, AuthFailure, as_json, mint
 from relay.turn.channeldata import HEADER_SIZE
 from relay.turn.commands import Drop
 from relay.turn.peers import PeerPolicy
@@ -54,6 +54,7 @@ HTTP_DESCRIPTORS: Final = 96
 MAX_CHANNELS: Final = 1 << 18  # at about 1,200 bytes each
 WELCOME_LIFETIME: Final = 24 * 3600  # seconds for which the credential printed at start is good
 STATUS_INTERVAL: Final = 10.0  # seconds between the lines for systemd
+MIN_FEEDING: Final = 0.05  # seconds between two messages for its watchdog, at least
 GRACE: Final = 30.0  # seconds that systemd is asked for beyond what something should take
 # Whenever the loop calls the system another thread may run Python; it has to let the loop go on
 # after this many seconds. With the default of 5 ms one scrape would hold up every datagram.
@@ -82,7 +83,7 @@ class Daemon:
         self.reactor = Reactor(on_bug=self._on_bug)
         self.mailbox: Mailbox[PortalEvent] = Mailbox(self._on_mail)
         self._serving = self._draining = False
-        self._named = {name: threading.Event() for name in ("health", "portal")}  # threads
+        self._is_named = {name: threading.Event() for name in ("health", "portal")}  # threads
         self._failure: DaemonError | None = None
         rng = secrets.SystemRandom() if config.rng_seed is None else _seeded(config.rng_seed)
         self._secret = config.relay_secret or rng.randbytes(32).hex()
@@ -104,7 +105,7 @@ class Daemon:
             randbelow=rng.randrange,
             now=self.reactor.clock(),
         )
-        self._say_how_many_ports()
+        self._check_descriptors()
         self.monitor = Monitor(self.server, self.counters, self.reactor, self._listeners.values())
         self.forwarder = Forwarder(
             self.server,
@@ -204,13 +205,11 @@ class Daemon:
         confined = sandbox.enter(self._config.harden)  # before there is any other thread
         sys.setswitchinterval(SWITCH_INTERVAL)
         if self._health is not None:
-            self._health.start()
-            self._named["health"].wait()
+            self._start_thread(self._health.start, "health")
         if self._portal is not None:
             self.monitor.not_ready = "waiting for the portal"
             self.monitor.portal_connected = False
-            self._portal.start()
-            self._named["portal"].wait()
+            self._start_thread(self._portal.start, "portal")
         confined.verify()
         if self._notifier.is_active:
             self._tell_systemd()
@@ -232,7 +231,7 @@ class Daemon:
         """Tell systemd that the loop turns. Nobody else may: a stuck one is to be restarted."""
         assert self._watchdog is not None
         self._notifier.watchdog()
-        self.reactor.call_later(self._watchdog / 3, self._feed_watchdog)
+        self.reactor.call_later(max(self._watchdog / 3, MIN_FEEDING), self._feed_watchdog)
 
     def _go_on_with(self, reloaded: Reloaded) -> None:
         before, config = self._config, reloaded.config
@@ -243,8 +242,8 @@ class Daemon:
         if (config.log_format, config.log_levels) != (before.log_format, before.log_levels):
             logs.configure(config.log_format, config.log_levels)
         self.server.change_settings(self._settings())
-        if (config.allow_peers, config.deny_peers) != (before.allow_peers, before.deny_peers):
-            self.forwarder.change_peer_policy(self._peer_policy())
+        # Whatever has changed: the addresses of this host, which it protects, may be others now.
+        self.forwarder.change_peer_policy(self._peer_policy())
 
     def _on_mail(self, event: PortalEvent) -> None:
         match event:
@@ -311,10 +310,18 @@ class Daemon:
             on_start=partial(self._name_thread, "portal"),
         )
 
+    def _start_thread(self, start: Callable[[], None], name: str) -> None:
+        """Start a thread, and wait until it is called *name*. Raises DaemonError."""
+        try:
+            start()
+        except RuntimeError as error:  # RLIMIT_NPROC, TasksMax=
+            raise DaemonError(os.EX_OSERR, f"cannot start a thread: {error}") from error
+        self._is_named[name].wait()
+
     def _name_thread(self, name: str) -> None:
         """Name the calling thread, which has just been started."""
         sandbox.name_thread(name)
-        self._named[name].set()
+        self._is_named[name].set()
 
     def _health_server(self) -> HealthServer | None:
         address = self._config.http_addr
@@ -356,15 +363,15 @@ class Daemon:
             software=config.software,
         )
 
-    def _say_how_many_ports(self) -> None:
-        most, wanted = self._settings().max_sockets, len(self._config.ports)
-        if most < wanted * len(self._config.public_hosts):
-            logger.info(
-                "relay ports: at most %d sockets, since the limit of open files is %d "
-                "(ulimit -Hn, LimitNOFILE=)",
-                max(most, 0),
-                self._descriptors,
-            )
+    def _check_descriptors(self) -> None:
+        """Say how many allocations the limit of open files leaves room for, if it bounds them."""
+        settings = self._settings()
+        most = settings.max_sockets // len(settings.public_hosts)
+        limit = f"the limit of open files is {self._descriptors} (ulimit -Hn, LimitNOFILE=)"
+        if most < 1:
+            raise DaemonError(os.EX_OSERR, f"no allocation would be possible: {limit}")
+        if most < min(settings.max_allocations, len(settings.ports)):
+            logger.info("there is room for %d allocations of all families: %s", most, limit)
 
     def _peer_policy(self) -> PeerPolicy:
         config = self._config
@@ -372,7 +379,7 @@ class Daemon:
         own = {(host, config.listen_port) for host in own_hosts}
         if config.http_addr is not None:
             host, port = config.http_addr
-            own |= {(host, port)} if host not in WILDCARDS else {(own, port) for own in own_hosts}
+            own |= {(one, port) for one in (own_hosts if host in WILDCARDS else {host})}
         return PeerPolicy(config.allow_peers, config.deny_peers, own=own, own_hosts=own_hosts)
 
     def _on_signal(self, number: int) -> None:
@@ -416,20 +423,23 @@ class Daemon:
         return public if bind in WILDCARDS and is_local(public) else bind
 
     def _welcome(self) -> None:
+        """Print how to use this relay: for people, or, as the log is for machines, as JSON."""
         config = self._config
         expiry = int(time.time()) + WELCOME_LIFETIME
         username, password = mint(expiry, self._welcome_salt, self._secret)
-        until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(expiry))
-        lines = [f"TURN URL:   {url}" for url in config.urls]
-        lines += [
-            f"username:   {username}",
-            f"credential: {password}",
-            f"(good until {until}; --mint makes others)",
-        ]
-        try:
-            print("\n".join(lines), flush=True)
-        except OSError as error:  # nobody reads it; that is no reason not to serve
-            logger.warning("cannot print the credential: %s", error.strerror)
+        if config.log_format == "json":
+            text = as_json(config.urls, username, password, expiry)
+        else:
+            until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(expiry))
+            lines = [f"TURN URL:   {url}" for url in config.urls]
+            lines += [
+                f"username:   {username}",
+                f"credential: {password}",
+                f"(good until {until}; --mint makes others)",
+            ]
+            text = "\n".join(lines)
+        if not logs.write(sys.stdout, text):  # nobody reads it; that is no reason not to serve
+            logger.warning("cannot print the credential: standard output takes nothing")
 
     def _farewell(self) -> None:
         dropped = ", ".join(f"{count} {why}" for why, count in self.counters.dropped.items())

@@ -100,6 +100,11 @@ class RelayCollector(Collector):
             "for so long a datagram may have waited for its turn.",
             value=max(status.loop_lag, status.stuck_for),
         )
+        yield CounterMetricFamily(
+            "relay_loop_slow_turns_total",
+            "Turns of the event loop that took longer than 0.1 s.",
+            value=status.counters.slow_turns,
+        )
         yield GaugeMetricFamily(
             "relay_allocations", "Live allocations: clients served now.", value=status.allocations
         )
@@ -154,7 +159,7 @@ class RelayCollector(Collector):
             "client_to_peer": sum(to_peer.values()),
             "peer_to_client": sum(to_client.values()),
         }
-        payload = {"client_to_peer": _total(to_peer), "peer_to_client": _total(to_client)}
+        payload = {"client_to_peer": total(to_peer), "peer_to_client": total(to_client)}
         relayed = sum(datagrams.values())
         yield _by_direction(
             "relay_relayed_bytes_total",
@@ -181,13 +186,13 @@ class RelayCollector(Collector):
             sum_value=sum(payload.values()),
         )
         # A counter must not fall, and these numbers are not of the very same moment.
-        self._lone_datagrams = max(self._lone_datagrams, relayed - _total(trains))
+        self._lone_datagrams = max(self._lone_datagrams, relayed - total(trains))
         trains[1] = self._lone_datagrams
         yield HistogramMetricFamily(
             "relay_train_length",
             "Datagrams handed to the kernel at a time: the longer, the less each one costs.",
             buckets=_buckets(TRAIN_LENGTHS, _up_to(TRAIN_LENGTHS, trains), sum(trains.values())),
-            sum_value=_total(trains),
+            sum_value=total(trains),
         )
 
 
@@ -208,7 +213,8 @@ def _by_direction(name: str, documentation: str, counts: Mapping[str, int]) -> M
 # Clients choose the sizes, so there can be 65,536 of them: what follows is done in C.
 
 
-def _total(counts: Mapping[int, int]) -> int:
+def total(counts: Mapping[int, int]) -> int:
+    """Return the sum of the sizes, or lengths, of which these are the counts."""
     return sum(map(mul, counts.keys(), counts.values()))
 
 

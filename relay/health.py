@@ -5,6 +5,13 @@ So all of HTTP has one thread, and after a slice of work it rests for many times
 that this took. Whatever comes in, the reactor gives up a few per cent, a millisecond
 at a time; what comes faster has to wait.
 
+Whoever waits too long for /healthz may restart a relay that is well. So probes are answered
+first, and after each slice of other answers there is a look for new probes: under a flood of
+other requests, MAX_CONNECTIONS of them at a time, a probe waits for about 0.1 s. Under one of
+probes, or of more connections, it waits for its turn: about 8 ms for each that came before
+it, and BACKLOG of them make 4 s. If there are still more, the kernel lets newcomers try
+again after a second.
+
 Each connection is good for one request, and for a bounded time. If there are too many the
 oldest has to go, so that those which sit there never keep a newcomer out.
 """
@@ -31,10 +38,12 @@ from relay.exposition import RelayCollector, Status
 
 logger = logging.getLogger("relay.health")
 
-SLICE: Final = 0.0005  # seconds of CPU time without a rest; what has begun is finished
-REST: Final = 30  # times the CPU time used: 3 % of a core at most
-METRICS_AGE: Final = 1.0  # seconds for which /metrics says the same
-MAX_CONNECTIONS: Final = 64
+SLICE: Final = 0.001  # seconds of CPU time without a rest; what has begun is finished
+REST: Final = 35  # times the CPU time used: 2.8 % of a core at most
+METRICS_REST: Final = 200  # times the CPU time to make /metrics, until it is made again: 0.5 %
+METRICS_AGE: Final = 1.0  # seconds for which /metrics says the same, at least
+MAX_CONNECTIONS: Final = 256
+BACKLOG: Final = 512  # connections that wait to be accepted
 ACCEPTS_PER_TURN: Final = 16
 REQUEST_TIMEOUT: Final = 10.0  # seconds from the accept to the last byte of the answer
 LARGEST_HEADER: Final = 4096  # bytes
@@ -42,6 +51,7 @@ LARGEST_BODY: Final = 1024  # bytes; nobody looks at it
 READ_SIZE: Final = 1024  # bytes per turn and connection
 
 METHODS: Final = ("GET", "HEAD")
+PROBES: Final = ("/healthz", "/readyz")
 
 Headers = list[tuple[str, str]]
 Answer = tuple[str, Headers, bytes]
@@ -65,6 +75,7 @@ class HealthServer:
     ) -> None:
         """Listen on *host*, a literal address, and *port*. Raises OSError.
 
+        ``::`` is every address of the machine, those of IPv4 included.
         *status*, and *on_start* before anything else, are called in the thread of this
         server. The reasons are those to report as 0 until they are counted.
         """
@@ -82,9 +93,10 @@ class HealthServer:
         self._stopping = threading.Event()
         self._is_closed = False
         self._used = 0.0  # CPU time of the thread up to its last rest
+        self._pages = _Pages(status, version, make_wsgi_app(registry), metrics_age)
         self._server = _Server(
             _listen(host, port),
-            _Pages(status, version, make_wsgi_app(registry), metrics_age),
+            self._pages,
             self._rest,
             request_timeout,
         )
@@ -115,12 +127,17 @@ class HealthServer:
         except Exception:
             logger.exception("the thread for HTTP is stopped by a bug")
 
-    def _rest(self) -> None:
-        """Leave the interpreter to the reactor, if it is time. Called after each piece of work."""
-        used = time.thread_time() - self._used
-        if used >= SLICE:
-            self._stopping.wait(REST * used)
-            self._used = time.thread_time()
+    def _rest(self) -> bool:
+        """Leave the interpreter to the reactor, if it is time, and tell if it was.
+
+        Called after each piece of work. /metrics is made so rarely that it needs no rest.
+        """
+        used = time.thread_time() - self._pages.making_metrics - self._used
+        if used < SLICE:
+            return False
+        self._stopping.wait(REST * used)
+        self._used = time.thread_time() - self._pages.making_metrics
+        return True
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -128,6 +145,8 @@ def _listen(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if host == "::":  # whatever net.ipv6.bindv6only says
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind((host, port))
         sock.listen()
     except BaseException:
@@ -160,7 +179,9 @@ class _Pages:
         self._version = version
         self._prometheus = prometheus
         self._metrics_age = metrics_age
-        self._rendered: tuple[float, Answer] | None = None  # when, and what
+        self._metrics_until = 0.0  # monotonic seconds
+        self._metrics_answer: Answer | None = None
+        self.making_metrics = 0.0  # CPU time that took so far
         self._pages = {
             "/healthz": self._healthz,
             "/readyz": self._readyz,
@@ -197,10 +218,13 @@ class _Pages:
         )
 
     def _metrics(self) -> Answer:
-        now = time.monotonic()
-        if self._rendered is None or now - self._rendered[0] >= self._metrics_age:
-            self._rendered = now, self._render()
-        return self._rendered[1]
+        if self._metrics_answer is None or time.monotonic() >= self._metrics_until:
+            began = time.thread_time()
+            self._metrics_answer = self._render()
+            used = time.thread_time() - began
+            self.making_metrics += used
+            self._metrics_until = time.monotonic() + max(self._metrics_age, METRICS_REST * used)
+        return self._metrics_answer
 
     def _render(self) -> Answer:
         """Ask for one format, whatever the request says, as the answer is not for it alone.
@@ -237,22 +261,23 @@ class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         self,
         sock: socket.socket,
         pages: _Pages,
-        rest: Callable[[], None],
+        rest: Callable[[], bool],
         request_timeout: float,
     ) -> None:
         self.rest = rest
         self.request_timeout = request_timeout
         self.channel_class = _Connection
-        self._complete = _Queue()
+        self._probes: deque[_Connection] = deque()  # with a complete request
+        self._others: deque[_Connection] = deque()
         super().__init__(
             pages,
             _sock=sock,
             bind_socket=False,
             sockinfo=(sock.family, sock.type, sock.proto, sock.getsockname()),
-            dispatcher=self._complete,
+            dispatcher=object(),  # or there would be threads
             adj=Adjustments(
                 sockets=[sock],
-                backlog=2 * MAX_CONNECTIONS,
+                backlog=BACKLOG,
                 connection_limit=2 * MAX_CONNECTIONS,  # which is never reached
                 recv_bytes=READ_SIZE,
                 max_request_header_size=LARGEST_HEADER,
@@ -263,12 +288,23 @@ class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         )
 
     def turn(self) -> None:
-        """Wait for connections and serve each once."""
-        wasyncore.loop(self._patience(), use_poll=True, map=self._map, count=1)
-        while self._complete:
-            self._complete.popleft().service()
+        """Wait for connections and read from each once; answer all probes, and some others."""
+        patience = 0.0 if self._others else self._patience()
+        wasyncore.loop(patience, use_poll=True, map=self._map, count=1)
+        while self._probes:
+            self._probes.popleft().answer()
             self.rest()
         self._end_connections()
+        while self._others:
+            self._others.popleft().answer()
+            if self.rest():
+                break
+
+    def add_task(self, connection: "_Connection") -> None:
+        """Queue a connection with a complete request. Called by waitress."""
+        request = connection.requests[0]
+        is_probe = not request.error and request.path in PROBES
+        (self._probes if is_probe else self._others).append(connection)
 
     def handle_accept(self) -> None:
         for _ in range(ACCEPTS_PER_TURN):
@@ -293,13 +329,9 @@ class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
 
     def close_all(self) -> None:
         """Close every connection and the listening socket."""
+        for connection in list(self.active_channels.values()):
+            connection.handle_close()
         wasyncore.close_all(self._map)
-
-
-class _Queue(deque[Any]):
-    """Connections with a complete request, which :meth:`_Server.turn` serves."""
-
-    add_task = deque.append  # waitress calls it so
 
 
 class _Parser(HTTPRequestParser):  # type: ignore[misc]
@@ -328,4 +360,13 @@ class _Connection(HTTPChannel):  # type: ignore[misc]
 
     def received(self, data: bytes) -> None:
         super().received(data)
+        if self.requests:  # complete; there is nothing to look at before it is answered
+            self._map.pop(self._fileno, None)
         self.server.rest()
+
+    def answer(self) -> None:
+        """Answer the request, and send as much of that as goes at once."""
+        if self.connected:  # it may have had to go meanwhile
+            self.add_channel()
+            self.service()
+            self.handle_write()

@@ -52,9 +52,10 @@ def _handed_over(config: Config) -> dict[Family, socket.socket]:
     found: dict[Family, socket.socket] = {}
     for name, sock in inherited:
         is_udp = sock.family in {socket.AF_INET, socket.AF_INET6} and sock.type == socket.SOCK_DGRAM
-        if name == ACTIVATED and is_udp and sock.getsockname()[1] == config.listen_port:
-            found[family_of(sock.getsockname()[0])] = sock
-        else:
+        is_ours = name == ACTIVATED and is_udp and sock.getsockname()[1] == config.listen_port
+        if is_ours and (family := family_of(sock.getsockname()[0])) not in found:
+            found[family] = sock
+        else:  # the name or port of another, or one address too many of a family
             _leave_out(sock, name)
     return found
 

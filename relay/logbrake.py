@@ -10,6 +10,7 @@ INTERVAL: Final = 10.0  # seconds
 BURST: Final = 5  # lines of one kind about one client, per interval
 BURST_OF_ALL: Final = 100  # lines of one kind about all clients together, per interval
 MOST_KINDS: Final = 500
+UNBRAKED: Final = "relay.daemon"
 
 
 class Brake(logging.Filter):
@@ -19,7 +20,8 @@ class Brake(logging.Filter):
     the host of a client (``extra={"client": host}``), each client has a share of its own. The
     first line of a kind after a pause says how many were held back, whoever they were about.
 
-    DEBUG is not braked: who asks for it wants it all.
+    DEBUG is not braked: who asks for it wants it all. Neither is the daemon, which says what
+    came of signals: only the operator could flood the log with it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,7 +32,7 @@ class Brake(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether *record* may pass, after adding to it what was held back."""
-        if record.levelno <= logging.DEBUG:
+        if record.levelno <= logging.DEBUG or record.name == UNBRAKED:
             return True
         with self._lock:
             now, kind = self._clock(), self._kind(record)

@@ -6,7 +6,7 @@ import re
 import select
 import sys
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
@@ -47,6 +47,15 @@ def configure(log_format: str, levels: dict[str, int]) -> None:
         handler.setFormatter(_formatter(log_format, descriptor))
     logging.root.handlers[:] = [handler]
     set_levels(levels)
+
+
+def write(stream: TextIO | None, text: str) -> bool:
+    """Write lines to *stream* if that takes no waiting; return whether it was done."""
+    try:
+        descriptor = -1 if stream is None else stream.fileno()
+    except (OSError, ValueError):  # closed
+        descriptor = -1
+    return descriptor >= 0 and LineHandler(descriptor).write_whole(text)
 
 
 def set_levels(levels: dict[str, int]) -> None:
@@ -112,6 +121,12 @@ class LineHandler(logging.Handler):
             self._dropped += 1
         else:
             self._dropped = 0
+
+    def write_whole(self, text: str) -> bool:
+        """Write *text* and a line feed at once; return whether all of it was taken."""
+        self._unwritten = f"{text}\n".encode()
+        self._write()
+        return not self._unwritten
 
     def _text(self, record: logging.LogRecord) -> bytes:
         try:

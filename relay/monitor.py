@@ -2,15 +2,12 @@
 
 import time
 from collections.abc import Collection, Mapping
-from typing import Final
 
-from relay.exposition import Status
+from relay.exposition import Status, total
 from relay.metrics import Counters
 from relay.net.reactor import Reactor
 from relay.net.udp import QUEUE_FULL, ListeningSocket
 from relay.turn.server import Server
-
-LAG_WINDOW: Final = 15.0  # seconds for which a long turn of the loop is remembered, at least
 
 
 class Monitor:
@@ -32,7 +29,6 @@ class Monitor:
         self._reactor = reactor
         self._listeners = listeners
         self._started = time.monotonic()
-        self._lag_before, self._window_began = 0.0, self._started
         self._last_line = (self._started, 0)  # when, and how many bytes were relayed until then
 
     def portal_joined(self) -> None:
@@ -43,12 +39,12 @@ class Monitor:
 
     def status(self) -> Status:
         """Return what the relay is at this moment."""
-        self._count_overflows()
+        self._count()
         awake_since = self._reactor.awake_since
         return Status(
             not_ready=self.not_ready,
             stuck_for=0.0 if awake_since is None else time.monotonic() - awake_since,
-            loop_lag=self._loop_lag(),
+            loop_lag=self._reactor.longest_turn(),
             allocations=self._server.allocations,
             channels=self._server.channels,
             portal_connected=self.portal_connected,
@@ -60,29 +56,22 @@ class Monitor:
 
     def line(self) -> str:
         """Say in one line how it goes, with the traffic since the line before."""
-        now, relayed = time.monotonic(), self._bytes_to_peers() + self._bytes_to_clients()
+        now = time.monotonic()
+        relayed = total(self._counters.to_peer) + total(self._counters.to_client)
         then, relayed_then = self._last_line
         self._last_line = (now, relayed)
         megabits = (relayed - relayed_then) * 8 / 1e6 / max(now - then, 1e-3)
-        parts = [
-            self.not_ready or "relaying",
-            f"{self._server.allocations} allocations",
-            f"{self._server.channels} channels",
-            f"{megabits:.1f} Mbit/s",
-        ]
-        if self.portal_connected is not None:
-            parts.append("portal connected" if self.portal_connected else "portal away")
-        return ", ".join(parts)
+        return f"{self._state()}, {megabits:.1f} Mbit/s"
 
     def summary(self) -> str:
         """Say everything there is to say."""
-        self._count_overflows()
-        parts = [f"{self.line()}, up for {time.monotonic() - self._started:.0f} s"]
-        for name, sizes, relayed in (
-            ("client to peer", self._counters.to_peer, self._bytes_to_peers()),
-            ("peer to client", self._counters.to_client, self._bytes_to_clients()),
+        self._count()
+        parts = [f"{self._state()}, up for {time.monotonic() - self._started:.0f} s"]
+        for name, sizes in (
+            ("client to peer", self._counters.to_peer),
+            ("peer to client", self._counters.to_client),
         ):
-            parts.append(f"{name}: {sum(sizes.values())} datagrams, {relayed} bytes")
+            parts.append(f"{name}: {sum(sizes.values())} datagrams, {total(sizes)} bytes")
         responses = {" ".join(key): count for key, count in self._server.responses.items()}
         parts.append(f"responses: {_listed(responses)}")
         parts.append(f"authentication failures: {_listed(self._auth_failures())}")
@@ -92,8 +81,19 @@ class Monitor:
         parts.append(f"bugs: {self._counters.bugs}")
         return "; ".join(parts)
 
-    def _count_overflows(self) -> None:
-        """Ask the kernel for what never came to us."""
+    def _state(self) -> str:
+        parts = [
+            self.not_ready or "relaying",
+            f"{self._server.allocations} allocations",
+            f"{self._server.channels} channels",
+        ]
+        if self.portal_connected is not None:
+            parts.append("portal connected" if self.portal_connected else "portal away")
+        return ", ".join(parts)
+
+    def _count(self) -> None:
+        """Fetch what is counted elsewhere: by the loop, and by the kernel."""
+        self._counters.slow_turns = self._reactor.slow_turns
         sockets = [sock for listener in self._listeners for sock in listener.sockets]
         overflows = sum(sock.overflows() for sock in sockets)
         if overflows:
@@ -101,21 +101,6 @@ class Monitor:
 
     def _auth_failures(self) -> dict[str, int]:
         return {why.value: count for why, count in self._server.auth_failures.copy().items()}
-
-    def _bytes_to_peers(self) -> int:
-        return sum(size * count for size, count in self._counters.to_peer.items())
-
-    def _bytes_to_clients(self) -> int:
-        return sum(size * count for size, count in self._counters.to_client.items())
-
-    def _loop_lag(self) -> float:
-        """Return the longest turn of this window and the one before, in seconds."""
-        now, longest = time.monotonic(), self._reactor.longest_turn
-        lag = max(self._lag_before, longest)
-        if now - self._window_began >= LAG_WINDOW:
-            self._lag_before, self._window_began = longest, now
-            self._reactor.longest_turn = 0.0
-        return lag
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -4,11 +4,15 @@ The command line, the environment and the configuration file all speak text, so 
 read by the same function wherever it comes from.
 """
 
+import errno
+import os
 import re
+import select
+import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_network
-from pathlib import Path
 from typing import Any, Final
 
 from relay.logs import FORMATS, parse_levels
@@ -17,6 +21,9 @@ from relay.stun.address import Address, unpack_host
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
 
 DEFAULT_FILE: Final = "/etc/firezone/relay.conf"
+
+LONGEST_FILE: Final = 1 << 20  # bytes
+PATIENCE: Final = 10.0  # seconds that the writer of a pipe may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,7 @@ class Option:
     metavar: str | None = None  # None: a switch, with a --no- form
     repeatable: bool = False
     reloads: bool = False  # SIGHUP changes it in the running relay
+    in_file: bool = False  # its text names a file, and *parse* gets what is in there
 
     @property
     def dest(self) -> str:
@@ -117,16 +125,13 @@ def _software(text: str) -> str:
     return text
 
 
-def _secret_file(text: str) -> str:
-    """Read the shared secret from a file: one line of printable text."""
-    try:
-        secret = Path(text).read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError("holds no plain ASCII text") from None
+def _secret(text: str) -> str:
+    """Read the shared secret: one line of printable text."""
+    secret = text.strip()
     if not secret:
         raise ValueError("is empty")
+    if not secret.isascii():
+        raise ValueError("holds no plain ASCII text")
     if not secret.isprintable() or " " in secret:
         raise ValueError("holds more than one word")
     return secret
@@ -142,14 +147,37 @@ def parse_token(text: str) -> str:
     return token
 
 
-def read_token_file(path: str) -> str:
-    """Read a token from a file. Raises ValueError, which does not quote it."""
+def read_file(path: str, *, again: bool) -> bytes:
+    """Return what is in a file, or comes out of a pipe. Raises ValueError with the reason.
+
+    *again*: the process has others to serve by now, so only a regular file will do.
+    """
     try:
-        return parse_token(Path(path).read_text(encoding="ascii"))
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            if again and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("is no regular file and cannot be read again")
+            deadline = time.monotonic() + PATIENCE
+            readable = select.poll()
+            readable.register(file, select.POLLIN)
+            content = b""
+            while len(content) <= LONGEST_FILE:
+                if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    raise ValueError(f"cannot be read: its end did not come within {PATIENCE:g} s")
+                part = file.read(LONGEST_FILE + 1 - len(content))
+                if part == b"":
+                    return content
+                content += part or b""  # None: somebody else has read it
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError("holds characters that no token has") from None
+        reason = error.strerror
+        if again and error.errno == errno.EACCES and os.geteuid() == 0:
+            reason = f"{reason}; privileges have been given up since the start"
+        raise ValueError(f"cannot be read: {reason}") from None
+    raise ValueError(f"is too long: more than {LONGEST_FILE} bytes")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file, even if it is a pipe that nobody writes to yet."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _http_address(text: str) -> Address | None:
@@ -257,12 +285,13 @@ OPTIONS: Final = (
     Option(
         "token-file",
         "FIREZONE_TOKEN_FILE",
-        read_token_file,
+        parse_token,
         "file with the token for Firezone's portal; it can also be in FIREZONE_TOKEN, itself or "
         "as a path. With a token the relay serves once the portal says so, without one at once",
         PORTAL,
         metavar="FILE",
         field="token",
+        in_file=True,
     ),
     Option(
         "api-url",
@@ -286,12 +315,13 @@ OPTIONS: Final = (
     Option(
         "relay-secret-file",
         "RELAY_SECRET_FILE",
-        _secret_file,
+        _secret,
         "file with the secret that credentials are made from, so that they outlive a restart "
         "(default: a new secret at every start)",
         CREDENTIALS,
         metavar="FILE",
         field="relay_secret",
+        in_file=True,
     ),
     Option(
         "allow-peer",
@@ -365,7 +395,7 @@ OPTIONS: Final = (
         "most answers per second to requests that prove no credential; what comes beyond that, "
         "and beyond a burst, is met with silence; 0 is no limit",
         LIMITS,
-        default="10000",
+        default="4000",
         metavar="RATE",
         field="unauthenticated_rate",
         reloads=True,
@@ -376,7 +406,7 @@ OPTIONS: Final = (
         _number(0, 10**9, "a number of answers per second"),
         "the same for each /24 of IPv4 and /56 of IPv6",
         LIMITS,
-        default="1000",
+        default="2000",
         metavar="RATE",
         field="unauthenticated_rate_per_prefix",
         reloads=True,
@@ -417,8 +447,8 @@ OPTIONS: Final = (
         "harden",
         "HARDEN",
         _choice(**{mode: mode for mode in ("auto", "require", "off")}),
-        "give up all privileges at start: auto gives up what it can, require ends if anything is "
-        "left, off keeps them",
+        "give up privileges at start: auto warns of what cannot be given up, require ends instead, "
+        "off keeps them",
         RUNNING,
         default="auto",
         metavar="MODE",

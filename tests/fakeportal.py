@@ -212,6 +212,11 @@ class FakePortal:
         with self._changed:
             assert self._changed.wait_for(condition, WAIT), "the portal waited for too long"
 
+    @property
+    def is_left(self) -> bool:
+        """Whether everyone who had joined has closed the connection."""
+        return self.joins > 0 and not self._open
+
     def credential(self, lifetime: int = 3600, salt: str = "fakeportal") -> tuple[str, str]:
         """Make a username and password as the portal does, with the secret of the join."""
         assert self.stamp_secret is not None, "nobody has joined"
@@ -246,8 +251,10 @@ class FakePortal:
             connection.reads_request()
             conversation(connection)
         connection.ends()
-        with self._changed, suppress(ValueError):
-            self._open.remove(connection)
+        with self._changed:
+            with suppress(ValueError):
+                self._open.remove(connection)
+            self._changed.notify_all()
 
     def _converse(self, connection: "Connection") -> None:
         connection.upgrades()

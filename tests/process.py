@@ -63,6 +63,7 @@ class RelayProcess:
         portal: bool = False,
         program: str | None = None,
         descriptors: tuple[int, ...] = (),
+        stdout: int = subprocess.PIPE,
     ) -> None:
         self.port = port
         self._portal = portal
@@ -72,6 +73,7 @@ class RelayProcess:
         self._log_grows = threading.Condition()
         self._log_ended = False
         self._log_reader = threading.Thread(target=self._read_log)
+        self._stdout = stdout
         # Numbers that do not get into each other's way when the shell moves them.
         self._descriptors = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in descriptors]
         self._command = [
@@ -92,7 +94,7 @@ class RelayProcess:
             self._command,
             env=self._environment,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=self._stdout,
             stderr=subprocess.PIPE,
             text=True,
             pass_fds=self._descriptors,
@@ -141,7 +143,8 @@ class RelayProcess:
             raise
         finally:
             self._log_reader.join()
-            _pipe(self.process.stdout).close()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
             _pipe(self.process.stdin).close()
         return self.process.returncode
 

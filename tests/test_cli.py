@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -17,15 +18,16 @@ from typing import Any, Final
 
 import pytest
 
-from relay.cli import Command, main, read
+from relay.cli import Command, main, read, reread
 from relay.config import ConfigError
-from relay.options import OPTIONS, Option
+from relay.options import LONGEST_FILE, OPTIONS, Option
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
 from relay.version import __version__
 from tests.process import RelayProcess, free_port, run
 from tests.turnclient import TurnClient, TurnError
 
 SECRET: Final = "4c98bf59c99b3e467ecd7cf9d6b3e5279645fca59be67bc5bb4af3cf653761ab"
+NOBODY: Final = 65534
 OTHER_SECRET: Final = "1cab293a-4032-46f4-862a-40e5d174b0d2"
 
 # For each option two texts that are not its default, and what they mean. The files are
@@ -151,7 +153,7 @@ def test_what_is_not_given_has_its_default() -> None:
     assert config.max_allocations is None
     assert config.max_allocations_per_username is None
     assert config.max_allocations_per_ip is None
-    assert (config.unauthenticated_rate, config.unauthenticated_rate_per_prefix) == (10_000, 1000)
+    assert (config.unauthenticated_rate, config.unauthenticated_rate_per_prefix) == (4000, 2000)
     assert (config.http_addr, config.http_addr_given) == (("127.0.0.1", 8080), False)
     assert config.harden == "auto"
     assert config.channel_numbers == range(0x4000, 0x5000)
@@ -276,9 +278,28 @@ def test_an_unreadable_default_file_is_an_error(cli: "Cli", default_file: Path) 
     assert str(default_file) in cli.refuses(78)
 
 
+def test_a_default_file_in_a_closed_directory_is_not_absent(
+    cli: "Cli", monkeypatch: pytest.MonkeyPatch, closed: Path
+) -> None:
+    """Or its rules would go unnoticed."""
+    monkeypatch.setattr("relay.cli.DEFAULT_FILE", str(closed / "relay.conf"))
+
+    with unprivileged():
+        complaint = cli.refuses(78, PUBLIC_IP4_ADDR="192.0.2.1")
+
+    assert f"{closed}/relay.conf: cannot be read: Permission denied" in complaint
+
+
+def test_a_default_file_that_points_nowhere_is_not_absent(cli: "Cli", default_file: Path) -> None:
+    default_file.symlink_to("missing")
+
+    assert f"{default_file}: cannot be read" in cli.refuses(78, PUBLIC_IP4_ADDR="192.0.2.1")
+
+
 WRONG_FILES = [
-    pytest.param(b"listen_port = 5\n", ["'listen_port'", "line 1"], id="unknown key"),
-    pytest.param(b"Listen-Port = 5\n", ["'Listen-Port'", "line 1"], id="key in capitals"),
+    pytest.param(b"liste-port = 5\n", ["'liste-port'", "line 1"], id="unknown key"),
+    pytest.param(b"listen_port = 5\n", ["no such option", "line 1"], id="underscore"),
+    pytest.param(b"Listen-Port = 5\n", ["no such option", "line 1"], id="key in capitals"),
     pytest.param(b"listen-po = 5\n", ["'listen-po'", "line 1"], id="key abbreviated"),
     pytest.param(b"config = relay.conf\n", ["'config'", "line 1"], id="a file names a file"),
     pytest.param(b"mint = 5\n", ["'mint'", "line 1"], id="no option, but a flag"),
@@ -287,8 +308,9 @@ WRONG_FILES = [
         ["'no-one-allocation-per-username'", "line 1"],
         id="--no- form",
     ),
-    pytest.param(b"this is prose\n", ["this", "line 1"], id="prose"),
-    pytest.param(b"\n# comment\n = 5\n", ["'= 5'", "line 3"], id="no key"),
+    pytest.param(b"this is prose\n", ["key = value", "line 1"], id="prose"),
+    pytest.param(b"\n# comment\n = 5\n", ["key = value", "line 3"], id="no key"),
+    pytest.param(b"# one\r# two\rprose\r", ["key = value", "line 3"], id="carriage returns"),
     pytest.param(
         b"listen-port = 5\nlowest-port = 50000\nlisten-port = 6\n",
         ["'listen-port'", "twice", "line 3"],
@@ -301,8 +323,8 @@ WRONG_FILES = [
     pytest.param(bytes(range(256)), ["cannot be read"], id="binary"),
     pytest.param(b"allow-peer = ::/0\nallow-peer = x\n", ["'x'", "line 2"], id="second of a list"),
     pytest.param(b"allow-peer = ::/0, x\n", ["'::/0, x'", "line 1"], id="second in a line"),
-    pytest.param(b"listen-port\n", ["'listen-port'", "key = value", "line 1"], id="no value"),
-    pytest.param(b"software\n", ["'software'", "key = value", "line 1"], id="text without a value"),
+    pytest.param(b"listen-port\n", ["key = value", "line 1"], id="no value"),
+    pytest.param(b"software\n", ["key = value", "line 1"], id="text without a value"),
     pytest.param(b"[relay] listen-port = 5\n", ["line 1"], id="brackets"),
     pytest.param(b"---listen-port = 5\n", ["line 1"], id="dashes"),
     pytest.param(b"max-allocations = [1, 2]\n", ["'[1, 2]'", "line 1"], id="a list of numbers"),
@@ -319,6 +341,26 @@ def test_a_wrong_file_is_refused_in_one_line_that_says_where(
 
     for word in ["relay.conf", *named]:
         assert word in complaint
+
+
+NOT_TO_BE_REPEATED = [
+    pytest.param(SECRET, id="a secret"),
+    pytest.param("root:*:19000:0:99999:7:::", id="/etc/shadow"),
+    pytest.param("root:$y$j9T$c2FsdA=:19000", id="/etc/shadow, with an equals sign"),
+    pytest.param("q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQ==", id="base64"),
+    pytest.param(f"{SECRET}=", id="hexadecimal, with an equals sign"),
+]
+
+
+@pytest.mark.parametrize("line", NOT_TO_BE_REPEATED)
+def test_what_may_be_a_secret_is_not_repeated(cli: "Cli", line: str) -> None:
+    """As when ``-c`` is given the wrong file."""
+    Path("written").write_text(f"{line}\n")
+
+    complaint = cli.refuses(78, "-c", "written")
+
+    assert "(written line 1)" in complaint
+    assert line.partition("=")[0] not in complaint
 
 
 UNREADABLE = [
@@ -469,27 +511,235 @@ def test_a_secret_file_must_be_readable(cli: "Cli", name: str, reason: str) -> N
         assert word in complaint
 
 
-@pytest.mark.parametrize(
-    "source",
-    SOURCES,
-)
-def test_the_secret_may_come_through_a_pipe(source: str) -> None:
-    """As from ``RELAY_SECRET_FILE=<(pass relay)``, which can be read only once."""
-    reader, writer = os.pipe()
-    os.write(writer, SECRET.encode())
-    os.close(writer)
-    try:
-        command = given(BY_NAME["relay-secret-file"], {source: f"/dev/fd/{reader}"})
-    finally:
-        os.close(reader)
-
-    assert command.config.relay_secret == SECRET
-
-
 def test_white_space_around_the_secret_does_not_count() -> None:
     Path("written").write_text(f"  {SECRET}\r\n")
 
     assert reads("--relay-secret-file=written").config.relay_secret == SECRET
+
+
+# --- Pipes, and what has no end --------------------------------------------------------------
+
+# What a file of each kind may hold, and which field that becomes.
+KINDS: Final = {
+    "config": ("software = elsewhere\n", "software", "elsewhere"),
+    "token-file": (SECRET, "token", SECRET),
+    "relay-secret-file": (SECRET, "relay_secret", SECRET),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@every_kind
+def test_a_file_may_be_a_pipe(kind: str) -> None:
+    """As from ``--token-file <(pass relay)``, which can be read only once."""
+    content, field, value = KINDS[kind]
+    with pipe_with(content) as path:
+        assert getattr(reads(f"--{kind}={path}").config, field) == value
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_secret_may_come_through_a_pipe_from_every_source(source: str) -> None:
+    with pipe_with(SECRET) as path:
+        command = given(BY_NAME["relay-secret-file"], {source: path})
+
+    assert command.config.relay_secret == SECRET
+
+
+def test_the_token_may_come_through_a_pipe_that_its_variable_names() -> None:
+    with pipe_with(SECRET) as path:
+        assert reads(FIREZONE_TOKEN=path).config.token == SECRET
+
+
+@every_kind
+def test_the_writer_of_a_pipe_may_come_later(tmp_path: Path, kind: str) -> None:
+    """It can open the pipe once the reader has, and writes in two parts."""
+    content, field, value = KINDS[kind]
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as pipe:
+            pipe.write(content[:5].encode())
+            pipe.write(content[5:].encode())
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        config = reads(f"--{kind}={path}").config
+    finally:
+        writer.join()
+
+    assert getattr(config, field) == value
+
+
+def test_a_pipe_may_be_gone_once_it_has_been_read(tmp_path: Path) -> None:
+    """The port is taken, so that the relay ends by itself."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+
+    def write() -> None:
+        with path.open("w") as pipe:
+            path.unlink()
+            pipe.write(SECRET)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with bound("127.0.0.1") as holder:
+        result = run(
+            *["--public-ip4-addr=127.0.0.1", "--bind-ip4-addr=127.0.0.1"],
+            *[f"--listen-port={holder.getsockname()[1]}", f"--relay-secret-file={path}"],
+        )
+    writer.join()
+
+    assert result.returncode == 73
+
+
+@every_kind
+@pytest.mark.parametrize("begun", [False, True], ids=["no writer", "a writer that does not end"])
+def test_a_pipe_is_not_waited_for_for_ever(
+    cli: "Cli",
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: str,
+    *,
+    begun: bool,
+) -> None:
+    monkeypatch.setattr("relay.options.PATIENCE", 0.0)
+    content, _, value = KINDS[kind]
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_RDWR) if begun else None
+    if pipe is not None:
+        os.write(pipe, content.encode())
+
+    complaint = cli.refuses(78, f"--{kind}={path}")
+
+    if pipe is not None:
+        os.close(pipe)
+    assert str(path) in complaint
+    assert "its end did not come within 0 s" in complaint
+    assert value not in complaint
+
+
+@every_kind
+def test_what_has_no_end_is_not_read_for_ever(cli: "Cli", kind: str) -> None:
+    complaint = cli.refuses(78, f"--{kind}=/dev/zero")
+
+    assert "/dev/zero" in complaint
+    assert "is too long: more than 1048576 bytes" in complaint
+
+
+@pytest.mark.parametrize(("size", "fits"), [(LONGEST_FILE, True), (LONGEST_FILE + 1, False)])
+def test_how_long_a_file_may_be(size: int, *, fits: bool) -> None:
+    file = "software = relay\n".ljust(size, "#")
+    if fits:
+        assert reads(file=file).config.software == "relay"
+    else:
+        with pytest.raises(ConfigError, match="too long"):
+            reads(file=file)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--version"])
+@pytest.mark.parametrize("variable", ["FIREZONE_TOKEN_FILE", "RELAY_SECRET_FILE", "FIREZONE_TOKEN"])
+def test_help_and_version_read_no_file(cli: "Cli", flag: str, variable: str) -> None:
+    with pipe_with(SECRET) as path:
+        assert cli(flag, **{variable: path}).exit_code == 0
+        assert Path(path).read_text() == SECRET
+
+
+# --- Reading again ---------------------------------------------------------------------------
+
+
+@every_kind
+def test_what_is_no_regular_file_is_not_read_again(kind: str) -> None:
+    Path("relay.conf").write_text("")
+    with pipe_with(KINDS[kind][0]) as path:
+        argv = ["-c", "relay.conf", "--public-ip4-addr=192.0.2.1", f"--{kind}={path}"]
+        command = read(argv, {})
+        with pytest.raises(ConfigError, match=f"{path}.* is no regular file"):
+            reread(argv, {}, command, command.config)
+
+
+@pytest.mark.parametrize("name", ["token-file", "relay-secret-file"])
+def test_a_file_that_is_named_later_must_be_a_regular_one(name: str) -> None:
+    argv = ["-c", "relay.conf"]
+    command = reads(file="public-ip4-addr = 192.0.2.1\n")
+    with pipe_with(SECRET) as path:
+        Path("relay.conf").write_text(f"public-ip4-addr = 192.0.2.1\n{name} = {path}\n")
+        with pytest.raises(ConfigError, match=f"{path}.* is no regular file .*conf line 2"):
+            reread(argv, {}, command, command.config)
+
+        assert Path(path).read_text() == SECRET  # nothing has been taken out of it
+
+
+def test_a_pipe_that_is_named_no_more_does_not_matter() -> None:
+    argv = ["-c", "relay.conf"]
+    with pipe_with(SECRET) as path:
+        command = reads(file=f"relay-secret-file = {path}\npublic-ip4-addr = 192.0.2.1\n")
+    Path("relay.conf").write_text("public-ip4-addr = 192.0.2.1\n")
+
+    reloaded = reread(argv, {}, command, command.config)
+
+    assert reloaded.needs_restart == ("relay-secret-file",)
+
+
+def test_the_default_file_may_come_but_not_go(default_file: Path) -> None:
+    """Or the rules in it would go unnoticed."""
+    variables = {"PUBLIC_IP4_ADDR": "192.0.2.1"}
+    command = read([], variables)
+    config = command.config
+    assert reread([], variables, command, config).changed == ()
+
+    default_file.write_text("deny-peer = 192.0.2.0/24\n")
+    reloaded = reread([], variables, command, config)
+    assert reloaded.changed == ("deny-peer",)
+
+    default_file.unlink()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"{default_file}: is gone"):
+            reread([], variables, command, reloaded.config)
+
+    default_file.write_text("")
+    assert reread([], variables, command, reloaded.config).changed == ("deny-peer",)
+
+
+def test_a_default_file_that_may_be_looked_at_no_longer_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, closed: Path
+) -> None:
+    file = closed / "relay.conf"
+    monkeypatch.setattr("relay.cli.DEFAULT_FILE", str(file))
+    closed.chmod(0o700)
+    file.write_text("deny-peer = 192.0.2.0/24\n")
+    variables = {"PUBLIC_IP4_ADDR": "192.0.2.1"}
+    command = read([], variables)
+    closed.chmod(0)
+
+    with (
+        unprivileged(),
+        pytest.raises(ConfigError, match=f"{file}: cannot be read: Permission denied$"),
+    ):
+        reread([], variables, command, command.config)
+
+
+def test_a_token_file_that_may_be_looked_at_no_longer_is_not_taken_for_a_token(
+    closed: Path,
+) -> None:
+    argv = ["-c", os.devnull]
+    variables = {"PUBLIC_IP4_ADDR": "192.0.2.1", "FIREZONE_TOKEN": str(closed / "token")}
+
+    with unprivileged(), pytest.raises(ConfigError, match="the token cannot be read"):
+        read(argv, variables)
+
+
+def test_a_token_needs_no_directory_that_may_be_looked_into(
+    monkeypatch: pytest.MonkeyPatch, closed: Path
+) -> None:
+    closed.chmod(0o700)
+    monkeypatch.chdir(closed)
+    closed.chmod(0)
+
+    with unprivileged():
+        variables = {"PUBLIC_IP4_ADDR": "192.0.2.1", "FIREZONE_TOKEN": SECRET}
+        assert read(["-c", os.devnull], variables).config.token == SECRET
 
 
 # --- The command line ------------------------------------------------------------------------
@@ -607,6 +857,42 @@ def test_the_printed_configuration_lists_what_is_repeated(cli: "Cli") -> None:
     Path("relay.conf").write_text(printed.out)
     allowed = read(["-c", "relay.conf"], {}).config.allow_peers
     assert allowed == ("10.0.0.0/8", "192.0.2.7/32", "::/0")
+
+
+@pytest.mark.parametrize(
+    ("variable", "source"),
+    [
+        pytest.param("FIREZONE_TOKEN", "variable FIREZONE_TOKEN", id="variable"),
+        pytest.param("CREDENTIALS_DIRECTORY", "credentials directory", id="credential"),
+    ],
+)
+def test_where_a_token_is_from_is_printed_as_a_comment(
+    cli: "Cli", tmp_path: Path, variable: str, source: str
+) -> None:
+    (tmp_path / "FIREZONE_TOKEN").write_text(SECRET)
+    variables = {variable: SECRET if variable == "FIREZONE_TOKEN" else str(tmp_path)}
+    printed = cli(
+        "-c", os.devnull, "--print-config", "--public-ip4-addr=192.0.2.1", **variables
+    ).out
+
+    assert f"# token: from {source}\n" in printed
+    assert "# one-allocation-per-username = true (default with a token)\n" in printed
+    assert SECRET not in printed
+    Path("relay.conf").write_text(printed)
+    assert read(["-c", "relay.conf"], variables).config == reads(**variables).config
+
+
+def test_a_token_that_an_option_names_needs_no_comment(cli: "Cli") -> None:
+    flags = ["--token-file=secret", "--public-ip4-addr=192.0.2.1", "--one-allocation-per-username"]
+
+    assert "#" not in cli("-c", os.devnull, "--print-config", *flags).out
+
+
+def test_without_a_token_takeover_is_off_and_that_is_printed(cli: "Cli") -> None:
+    printed = cli("-c", os.devnull, "--print-config", PUBLIC_IP4_ADDR="192.0.2.1").out
+
+    assert printed.endswith("# one-allocation-per-username = false (default without a token)\n")
+    assert "# token" not in printed
 
 
 @pytest.mark.parametrize("flag", ["--print-config", "--check-config", "--mint=60"])
@@ -898,6 +1184,38 @@ def default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "default.conf"
     monkeypatch.setattr("relay.cli.DEFAULT_FILE", str(path))
     return path
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A directory that nobody may look into, but for root."""
+    path = tmp_path / "closed"
+    path.mkdir(mode=0)
+    yield path
+    path.chmod(0o700)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As an ordinary user."""
+    user = os.geteuid()
+    os.seteuid(user or NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@contextmanager
+def pipe_with(content: str) -> Iterator[str]:
+    """A pipe that has been written to, by its path."""
+    reader, writer = os.pipe()
+    os.write(writer, content.encode())
+    os.close(writer)
+    try:
+        yield f"/dev/fd/{reader}"
+    finally:
+        os.close(reader)
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ def relay() -> Relay:
 def test_state_of_the_relay_is_exported(relay: Relay) -> None:
     relay.status = replace(relay.status, allocations=3, channels=5, loop_lag=0.25)
     relay.counters.bugs = 2
+    relay.counters.slow_turns = 4
 
     found = relay.scrape()
 
@@ -79,6 +80,7 @@ def test_state_of_the_relay_is_exported(relay: Relay) -> None:
     assert found["relay_channels", ""] == 5
     assert found["relay_loop_lag_seconds", ""] == 0.25
     assert found["relay_bugs_total", ""] == 2
+    assert found["relay_loop_slow_turns_total", ""] == 4
     assert found["relay_build_info", f"{platform.python_version()},1.2.3"] == 1
 
 

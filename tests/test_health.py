@@ -3,9 +3,12 @@
 import errno
 import json
 import logging
+import os
 import re
 import select
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,11 +25,23 @@ from waitress.adjustments import Adjustments
 
 from relay import health
 from relay.exposition import STUCK_AFTER, Status
-from relay.health import HealthServer
+from relay.health import MAX_CONNECTIONS, HealthServer
 from relay.metrics import Counters
 
 WAIT = 10.0  # seconds; only a failing test waits for so long
 PAGES = ("/healthz", "/readyz", "/metrics")
+QUIET = Status(
+    not_ready=None,
+    stuck_for=0.0,
+    loop_lag=0.0,
+    allocations=0,
+    channels=0,
+    portal_connected=None,
+    portal_reconnects=0,
+    responses={},
+    auth_failures={},
+    counters=Counters(),
+)
 HEADER = b"GET /healthz HTTP/1.1\r\nHost: relay\r\n"
 
 
@@ -43,18 +58,7 @@ class Relay:
 
     def __init__(self, host: str, request_timeout: float, metrics_age: float) -> None:
         self.counters = Counters()
-        self.status = Status(
-            not_ready=None,
-            stuck_for=0.0,
-            loop_lag=0.0,
-            allocations=0,
-            channels=0,
-            portal_connected=None,
-            portal_reconnects=0,
-            responses={},
-            auth_failures={},
-            counters=self.counters,
-        )
+        self.status = replace(QUIET, counters=self.counters)
         self.bug: Exception | None = None
         self.started_in: list[str] = []
         self.server = HealthServer(
@@ -103,6 +107,7 @@ class Start(Protocol):
 def _haste(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work without a rest, which has a test of its own."""
     monkeypatch.setattr(health, "REST", 0.0)
+    monkeypatch.setattr(health, "METRICS_REST", 0.0)
 
 
 @pytest.fixture
@@ -123,6 +128,14 @@ def start(caplog: pytest.LogCaptureFixture) -> Iterator[Start]:
         relay.server.stop()
     assert threading.active_count() == threads
     assert [record.getMessage() for record in caplog.get_records("call")] == []
+
+
+@pytest.fixture
+def turns() -> Iterator[HealthServer]:
+    """Make a server without its thread: the test takes the turns."""
+    server = HealthServer("127.0.0.1", 0, lambda: QUIET, version="1.2.3")
+    yield server
+    server.stop()
 
 
 @pytest.fixture
@@ -204,6 +217,17 @@ def test_metrics_are_made_once_for_all_who_ask_at_about_the_same_time(start: Sta
     assert relay.answers("/metrics").body == first.body
 
 
+def test_metrics_are_made_the_more_rarely_the_more_time_that_takes(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "METRICS_REST", 1e9)
+
+    first = relay.answers("/metrics")
+    relay.counters.bugs += 1
+
+    assert relay.answers("/metrics").body == first.body
+
+
 def test_process_has_metrics_too(relay: Relay) -> None:
     found = samples(relay.answers("/metrics").body)
 
@@ -274,7 +298,7 @@ def test_bug_of_ours_is_500_and_ends_nothing(
 
 def test_idle_and_slow_clients_keep_nobody_out(relay: Relay) -> None:
     with ExitStack() as clients:
-        idle = [clients.enter_context(relay.connect()) for _ in range(100)]
+        idle = [clients.enter_context(relay.connect()) for _ in range(MAX_CONNECTIONS)]
         slow = [clients.enter_context(relay.connect()) for _ in range(20)]
         for client in slow:
             client.sendall(b"GET /metrics HTT")
@@ -284,6 +308,18 @@ def test_idle_and_slow_clients_keep_nobody_out(relay: Relay) -> None:
         for client in slow:
             client.sendall(b"P/1.1\r\n\r\n")
         assert all(read_to_the_end(client).startswith(b"HTTP/1.1 200 ") for client in slow)
+
+
+def test_answer_that_cannot_be_sent_at_once_is_sent_bit_by_bit(relay: Relay) -> None:
+    relay.status = replace(relay.status, responses={("x", str(n)): n for n in range(5000)})
+    relay.server._server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+    with relay.connect() as client:
+        client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        head, _, body = read_to_the_end(client).partition(b"\r\n\r\n")
+
+    assert f"Content-Length: {len(body)}\r\n".encode() in head
+    assert len(body) > 100_000
 
 
 def test_request_has_to_be_complete_in_time_however_busy_its_sender_is(start: Start) -> None:
@@ -354,22 +390,77 @@ def test_client_that_resets_its_connection_is_forgotten(relay: Relay) -> None:
     assert relay.answers("/healthz").status == 200
 
 
+def test_probes_are_answered_before_everything_else(
+    turns: HealthServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those too that come while others wait: whoever asks may restart the relay."""
+    monkeypatch.setattr(health, "SLICE", 0.0)  # it is time to rest after each answer
+    with ExitStack() as clients:
+        scrapers = [clients.enter_context(asks(turns, "/metrics")) for _ in range(5)]
+        first = clients.enter_context(asks(turns, "/healthz"))
+        turns._server.turn()  # accepts them
+        turns._server.turn()
+        assert answered([first, *scrapers]) == [first, scrapers[0]]
+
+        second = clients.enter_context(asks(turns, "/readyz"))
+        turns._server.turn()
+        turns._server.turn()
+        assert answered([second, *scrapers]) == [second, *scrapers[:3]]
+
+
+def test_client_that_has_to_go_while_it_waits_for_its_answer_gets_none(
+    turns: HealthServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "SLICE", 0.0)
+    monkeypatch.setattr(health, "MAX_CONNECTIONS", 2)
+    with ExitStack() as clients:
+        scrapers = [clients.enter_context(asks(turns, "/metrics")) for _ in range(2)]
+        turns._server.turn()
+        turns._server.turn()
+        newcomers = [clients.enter_context(asks(turns, "/metrics")) for _ in range(2)]
+        turns._server.turn()
+        turns._server.turn()
+
+        assert read_to_the_end(scrapers[0]).startswith(b"HTTP/1.1 200 ")
+        assert read_to_the_end(scrapers[1]) == b""
+        assert answered(newcomers) == newcomers[:1]
+
+
 def test_work_is_followed_by_a_rest_of_many_times_its_length(
-    relay: Relay, monkeypatch: pytest.MonkeyPatch
+    turns: HealthServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No flood can have more of the interpreter than a few per cent."""
     monkeypatch.undo()
-    server = HealthServer("127.0.0.1", 0, lambda: relay.status, version="1.2.3")
     rests: list[float] = []
-    monkeypatch.setattr(server._stopping, "wait", rests.append)
+    monkeypatch.setattr(turns._stopping, "wait", rests.append)
 
-    server._used = time.thread_time() - 2.0
-    server._rest()
-    server._rest()  # after next to no work
-    server.stop()
+    turns._used = time.thread_time() - 2.0
+    assert turns._rest()
+    assert not turns._rest()  # after next to no work
 
     assert len(rests) == 1
     assert rests[0] >= health.REST * 2.0
+
+
+def test_no_rest_follows_the_making_of_metrics(
+    turns: HealthServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a probe would have to wait for it to end; it is made so rarely instead."""
+    monkeypatch.setattr(turns._stopping, "wait", lambda _: pytest.fail("it rests"))
+
+    turns._used = time.thread_time() - 2.0
+    turns._pages.making_metrics = 2.0
+
+    assert not turns._rest()
+
+
+def test_time_to_make_metrics_is_known(turns: HealthServer) -> None:
+    with asks(turns, "/metrics") as client:
+        turns._server.turn()
+        turns._server.turn()
+
+        assert b"relay_build_info" in read_to_the_end(client)
+    assert 0.0 < turns._pages.making_metrics <= time.thread_time()
 
 
 # --- Start and stop -------------------------------------------------------------------------
@@ -446,6 +537,39 @@ def test_serves_ipv6(start: Start) -> None:
 
     assert relay.server.address[0] == "::1"
     assert [relay.answers(path).status for path in PAGES] == [200, 200, 200]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a network namespace: root")
+def test_wildcard_of_ipv6_is_reached_by_ipv4_whatever_the_default_is() -> None:
+    if not Path("/proc/net/if_inet6").exists():
+        pytest.skip("no IPv6")
+    script = 'echo 1 > /proc/sys/net/ipv6/bindv6only && ip link set lo up && exec $0 -c "$1"'
+    command = ["unshare", "--net", "sh", "-c", script, sys.executable, REACH_BY_IPV4]
+
+    subprocess.run(command, timeout=WAIT, check=True)
+
+
+REACH_BY_IPV4 = """
+import socket
+from relay.health import HealthServer
+
+server = HealthServer("::", 0, lambda: None, version="1.2.3")
+for host in "127.0.0.1", "::1":
+    socket.create_connection((host, server.address[1]), 10).close()
+server.stop()
+"""
+
+
+def asks(server: HealthServer, path: str) -> socket.socket:
+    """Connect, and send a request."""
+    client = socket.create_connection(server.address, WAIT)
+    client.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+    return client
+
+
+def answered(clients: list[socket.socket]) -> list[socket.socket]:
+    """Return those for whom there is something to read."""
+    return select.select(clients, [], [], 0)[0]
 
 
 def samples(text: str) -> dict[str, float]:

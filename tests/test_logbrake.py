@@ -113,6 +113,16 @@ def test_debug_is_never_braked() -> None:
     assert len(braked.taken()) == 1000
 
 
+def test_the_daemon_is_never_braked() -> None:
+    """It answers signals, and whoever sends one waits for the answer."""
+    braked = Braked()
+
+    for n in range(100):
+        braked.logs("relay.daemon", INFO, "reloaded %s", n)
+
+    assert len(braked.taken()) == 100
+
+
 def test_the_report_takes_text_with_percent_signs_as_it_is() -> None:
     braked = Braked()
     for _ in range(BURST + 1):

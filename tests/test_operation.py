@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
 
@@ -90,7 +92,7 @@ def test_with_a_portal_it_is_ready_after_init_and_not_before(manager: "Manager")
             manager.hears("STATUS=waiting for the portal")
             relay.signals(signal.SIGHUP)  # ends in no READY either
             relay.logs("reloaded")
-            assert not any("READY" in message for message in manager.heard)
+            assert not any("READY" in message for message in manager.heard_all())
             portal.says_init()
             manager.hears("READY=1")
             assert "EXTEND_TIMEOUT_USEC=40000000" in manager.heard
@@ -159,6 +161,14 @@ def test_sockets_from_systemd_stay_open_from_one_relay_to_the_next() -> None:
             assert bob.maps() == bob.address
 
 
+def test_a_second_socket_of_a_family_is_not_used() -> None:
+    port = free_port()
+    with bound(socket.AF_INET, port) as first, bound(socket.AF_INET, 0) as second:
+        second_port = second.getsockname()[1]
+        with handed_over(second_port, second, first) as relay:
+            relay.logs(f"not used: 0.0.0.0:{port} (UDP)")
+
+
 def test_a_socket_for_another_port_is_not_used() -> None:
     port = free_port()
     with bound(socket.AF_INET, 0) as other, handed_over(port, other) as relay:
@@ -177,6 +187,20 @@ def test_an_ipv6_socket_that_takes_ipv4_too_is_a_wrong_configuration() -> None:
 
 
 # --- HTTP ------------------------------------------------------------------------------------
+
+
+def test_a_drain_leaves_the_portal_and_goes_on_relaying() -> None:
+    with FakePortal() as portal:
+        portal.serves()
+        with relay_of(portal, "--drain-timeout=1000") as relay:
+            relay.logs("relaying: listening on")
+            with client_of(relay, portal.stamp_secret) as alice:
+                alice.allocates()
+                relay.signals(signal.SIGTERM)
+                portal.waits_until(lambda: portal.is_left)
+                alice.refreshes(600)
+                relay.signals(signal.SIGTERM)
+            assert relay.wait() == 0
 
 
 def test_probes_follow_the_portal_and_the_drain() -> None:
@@ -365,13 +389,37 @@ def test_a_file_that_is_gone_changes_nothing(tmp_path: Path) -> None:
         assert str(relay.file) in relay.logs("not reloaded, all stays as it was")
 
 
-def test_what_can_be_read_only_once_is_not_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["config", "token-file", "relay-secret-file"])
+def test_what_can_be_read_only_once_is_not_read_again(tmp_path: Path, kind: str) -> None:
     """Or a reload would wait for a writer that never comes."""
-    with Configured(tmp_path, "") as relay:
-        relay.file.unlink()
-        os.mkfifo(relay.file)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with Configured(tmp_path, "") as relay, client_of(relay) as alice:
+        if kind == "config":
+            pipe.rename(relay.file)
+            relay.signals(signal.SIGHUP)
+        else:
+            relay.reloads(f"{kind} = {pipe}\n")
+        relay.logs("is no regular file and cannot be read again")
+        alice.allocates()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("closed", ["file", "directory"])
+def test_what_only_privileges_could_read_is_not_read_again(tmp_path: Path, closed: str) -> None:
+    """They have been given up."""
+    directory = tmp_path / "another"
+    directory.mkdir(mode=0o700)
+    relay = Configured(directory, "allow-peer = 127.0.0.0/8\n")
+    relay.file.chmod(0o600)
+    os.chown(relay.file if closed == "file" else directory, NOBODY, NOBODY)
+    with relay:
         relay.signals(signal.SIGHUP)
-        relay.logs("is no regular file")
+        line = relay.logs("privileges have been given up since the start")
+        assert f"{relay.file}: cannot be read: Permission denied" in line
+        with client_of(relay) as alice:
+            alice.allocates()
+            alice.binds(0x4000, ("127.0.0.1", 9))  # still allowed
 
 
 def test_a_draining_relay_is_not_reloaded(tmp_path: Path) -> None:
@@ -400,9 +448,97 @@ def test_sigusr1_says_how_it_goes() -> None:
         alice.refreshes(600)
 
 
+# --- How it ends -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_format", ["human", "json"])
+def test_the_log_tells_why_it_ended(log_format: str) -> None:
+    with bound(socket.AF_INET, 0) as other:
+        port = other.getsockname()[1]
+        arguments = (f"--log-format={log_format}", "--public-ip4-addr=127.0.0.1")
+        with RelayProcess(*arguments, port=port, loopback=False, portal=True) as relay:
+            assert relay.wait() == 73
+        line = relay.errors().splitlines()[-1]
+    if log_format == "json":
+        assert json.loads(line)["level"] == "ERROR"
+    assert f"cannot listen on 0.0.0.0:{port} (UDP): Address already in use" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [
+        pytest.param(["--listen-port=none"], 78, id="value"),
+        pytest.param(["--no-such-option"], 64, id="usage"),
+        pytest.param(["--http-addr=127.0.0.1:1", "--listen-port={port}"], 73, id="port in use"),
+    ],
+)
+def test_the_exit_code_tells_even_if_nothing_can_be_written(
+    arguments: list[str], exit_code: int
+) -> None:
+    with bound(socket.AF_INET, 0) as other, Path("/dev/full").open("w") as full:
+        port = other.getsockname()[1]
+        ended = subprocess.run(
+            [
+                *(sys.executable, "-m", "relay", "-c", os.devnull, "--public-ip4-addr=127.0.0.1"),
+                *(argument.format(port=port) for argument in arguments),
+            ],
+            env=environment(),
+            stdout=full,
+            stderr=full,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    assert ended.returncode == exit_code
+
+
+def test_a_credential_that_nobody_reads_keeps_nobody_waiting() -> None:
+    """Standard output is a pipe that is full already."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    with RelayProcess(port=free_port(), portal=True, stdout=writer) as relay:
+        relay.logs("cannot print the credential")
+        relay.logs("relaying: listening on")
+        with TurnClient(("127.0.0.1", relay.port), "", "") as alice:
+            assert alice.maps() == alice.address
+    os.close(reader)
+    os.close(writer)
+
+
+def test_without_descriptors_for_a_single_allocation_it_does_not_serve() -> None:
+    limited = ("prlimit", "--nofile=33:33")
+    with RelayProcess(port=free_port(), prefix=limited, portal=True) as relay:
+        assert relay.wait() == 71
+    assert "the limit of open files is 33" in relay.errors()
+
+
+def test_few_descriptors_are_said_to_bound_the_allocations() -> None:
+    limited = ("prlimit", "--nofile=48:48")
+    with RelayProcess(port=free_port(), prefix=limited) as relay:
+        relay.logs("there is room for 8 allocations of all families")
+
+
+def test_the_welcome_is_json_where_the_log_is() -> None:
+    """Containers merge the two."""
+    with RelayProcess("--log-format=json", port=free_port(), portal=True) as relay:
+        relay.logs("relaying: listening on")
+        assert relay.process.stdout is not None
+        welcome = json.loads(relay.process.stdout.readline())
+        with TurnClient(
+            ("127.0.0.1", relay.port), welcome["username"], welcome["credential"]
+        ) as alice:
+            alice.allocates()
+            alice.refreshes(0)
+    assert welcome["urls"][0] == f"turn:127.0.0.1:{relay.port}?transport=udp"
+
+
 # --- Helpers ---------------------------------------------------------------------------------
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
+NOBODY = 65534
 BINDING = b"\x00\x01\x00\x00\x21\x12\xa4\x42twelve bytes"
 
 DRIVER_OF_DEFAULT = """

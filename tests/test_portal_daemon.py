@@ -103,8 +103,12 @@ def test_a_refused_token_ends_it_with_the_portals_words(portal: FakePortal) -> N
     portal.refuses(401, body="token has been revoked")
     with relay_of(portal) as relay:
         assert relay.wait() == 77
-    assert relay.errors().splitlines()[-1] == (
-        "firezone-relay: the portal at 127.0.0.1 refuses this relay: 401 token has been revoked"
+    assert (
+        relay.errors()
+        .splitlines()[-1]
+        .endswith(
+            "relay.cli: the portal at 127.0.0.1 refuses this relay: 401 token has been revoked"
+        )
     )
 
 
