@@ -50,7 +50,7 @@ logger = logging.getLogger("relay.daemon")
 
 CAUGHT: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SPARE_DESCRIPTORS: Final = 32  # for everything but relay ports and HTTP
-HTTP_DESCRIPTORS: Final = 96
+HTTP_DESCRIPTORS: Final = 288
 MAX_CHANNELS: Final = 1 << 18  # at about 1,200 bytes each
 WELCOME_LIFETIME: Final = 24 * 3600  # seconds for which the credential printed at start is good
 STATUS_INTERVAL: Final = 10.0  # seconds between the lines for systemd
