@@ -116,7 +116,7 @@ class Table:
         self.counters = Counters()
         self.clients: list[ClientAddress] = []
         self.on_peer_datagram: list[Callable[[int, PeerAddress], None]] = []
-        self.on_peer_train: list[Callable[[int, int, PeerAddress], None]] = []
+        self.on_peer_train: list[Callable[[int, int, PeerAddress], int]] = []
         self.forwarder = Forwarder(
             relay.server,
             buffer=self.buffer,
@@ -151,7 +151,7 @@ class Table:
         _family: Family,
         _port: int,
         on_datagram: Callable[[int, PeerAddress], None],
-        on_train: Callable[[int, int, PeerAddress], None],
+        on_train: Callable[[int, int, PeerAddress], int],
         /,
     ) -> Nothing:
         self.on_peer_datagram.append(on_datagram)

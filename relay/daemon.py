@@ -288,9 +288,10 @@ class Daemon:
         """Drop a datagram: the portal has not said that we may serve."""
         self.counters.dropped[Drop.NOT_SERVING.value] += 1
 
-    def _not_yet_either(self, size: int, segment: int, _client: object) -> None:
+    def _not_yet_either(self, size: int, segment: int, _client: object) -> int:
         """Drop a train of *size* bytes, in datagrams of *segment*."""
         self.counters.dropped[Drop.NOT_SERVING.value] += -(-size // segment)
+        return 0
 
     def _portal_client(self, token: str) -> PortalClient:
         config = self._config
@@ -347,6 +348,7 @@ class Daemon:
     def _settings(self) -> Settings:
         config = self._config
         spare = SPARE_DESCRIPTORS + (HTTP_DESCRIPTORS if config.http_addr is not None else 0)
+        spare += sum(len(listener.sockets) for listener in self._listeners.values())
         return Settings(
             public_hosts=config.public_hosts,
             ports=config.ports,
@@ -379,7 +381,7 @@ class Daemon:
         own = {(host, config.listen_port) for host in own_hosts}
         if config.http_addr is not None:
             host, port = config.http_addr
-            own |= {(one, port) for one in (own_hosts if host in WILDCARDS else {host})}
+            own |= {(one, port) for one in ({host, *own_hosts} if host in WILDCARDS else {host})}
         return PeerPolicy(config.allow_peers, config.deny_peers, own=own, own_hosts=own_hosts)
 
     def _on_signal(self, number: int) -> None:

@@ -103,7 +103,7 @@ class OpenPortIn(Protocol):
         family: Family,
         number: int,
         on_datagram: Callable[[int, PeerAddress], None],
-        on_train: Callable[[int, int, PeerAddress], None],
+        on_train: Callable[[int, int, PeerAddress], int],
         /,
     ) -> RelaySocket:
         """Raise OSError if the port cannot be bound."""
@@ -191,23 +191,27 @@ class Forwarder:
         if listener.send(self._view[: HEADER_SIZE + size], client):
             self._sizes_to_client[size] += 1
 
-    def on_client_train(self, size: int, segment: int, client: ClientAddress) -> None:
+    def on_client_train(self, size: int, segment: int, client: ClientAddress) -> int:
         """Serve datagrams from *client* that lie in the buffer, *size* bytes from its start on.
 
-        Each is of *segment* bytes; the last may be shorter.
+        Each is of *segment* bytes; the last may be shorter. Returns how many of them had to be
+        served one by one.
         """
         served = self._relay_to_peer(size, segment, client)
-        for start in range(served * segment, size, segment):
+        left = range(served * segment, size, segment)
+        for start in left:
             datagram = self._view[start : min(start + segment, size)]
             self._view[: len(datagram)] = datagram
             self.on_client_datagram(len(datagram), client)
+        return len(left)
 
     def on_peer_train(
         self, routes: dict[PeerAddress, ToClient], size: int, segment: int, peer: PeerAddress
-    ) -> None:
+    ) -> int:
         """Relay datagrams whose *size* bytes lie in the buffer, behind room for one header.
 
-        Each is of *segment* bytes; the last may be shorter.
+        Each is of *segment* bytes; the last may be shorter. Returns how many of them had to be
+        served one by one.
         """
         train = self._view[HEADER_SIZE : HEADER_SIZE + size]
         payloads: Pieces = [train[at : at + segment] for at in range(0, size, segment)]
@@ -215,6 +219,7 @@ class Forwarder:
         for payload in payloads[served:]:
             self._view[HEADER_SIZE : HEADER_SIZE + len(payload)] = payload
             self.on_peer_datagram(routes, len(payload), peer)
+        return len(payloads) - served
 
     def on_timeout(self) -> None:
         """Let the server end what is due."""

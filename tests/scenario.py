@@ -419,7 +419,7 @@ class Network:
         family: Family,
         port: int,
         on_datagram: Callable[[int, PeerAddress], None],
-        on_train: Callable[[int, int, PeerAddress], None],
+        on_train: Callable[[int, int, PeerAddress], int],
     ) -> "FakeSocket":
         if self.failure is not None:
             raise OSError(self.failure, "as the test wants it")
@@ -439,7 +439,7 @@ class FakeSocket:
         family: Family,
         port: int,
         on_datagram: Callable[[int, PeerAddress], None],
-        on_train: Callable[[int, int, PeerAddress], None],
+        on_train: Callable[[int, int, PeerAddress], int],
     ) -> None:
         self._network = network
         self._family = family

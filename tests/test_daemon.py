@@ -123,7 +123,7 @@ def test_a_port_held_by_another_process_is_passed_over() -> None:
 
 
 def test_out_of_descriptors_it_refuses_newcomers_and_serves_the_rest() -> None:
-    limited = ("prlimit", "--nofile=48:48")
+    limited = ("prlimit", "--nofile=96:96")
     relay = RelayProcess("--max-allocations=1000", port=free_port(), prefix=limited)
     with relay, Peer() as bob, ExitStack() as stack:
         served: list[tuple[TurnClient, tuple[str, int]]] = []
@@ -135,7 +135,7 @@ def test_out_of_descriptors_it_refuses_newcomers_and_serves_the_rest() -> None:
             except TurnError as error:
                 code = error.code
         assert code == 508
-        assert 10 < len(served) < 48
+        assert 10 < len(served) < 96
         for alice, relayed_address in served:
             alice.binds(0x4000, bob.address)
             bob.sends(b"hi", relayed_address)

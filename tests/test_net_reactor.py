@@ -43,7 +43,7 @@ def reactor(clock: Clock, bugs: list[Exception]) -> Iterator[Reactor]:
     reactor.close()
 
 
-def _no_train(*_: object) -> None:
+def _no_train(*_: object) -> int:
     raise AssertionError("a train")
 
 

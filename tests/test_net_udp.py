@@ -41,6 +41,9 @@ class FailingSocket:
     def setsockopt(self, *_: Any) -> None:
         pass
 
+    def getsockopt(self, *_: Any) -> int:
+        return 0
+
     def sendto(self, *_: Any) -> None:
         raise self._error
 
@@ -96,7 +99,7 @@ def test_an_address_has_a_socket_of_its_own_but_its_clients_look_the_same(
 def test_nobody_else_can_bind_to_what_we_listen_on(address: str) -> None:
     listener = listen("0.0.0.0", 0, memoryview(bytearray(100)), _unexpected, OFF)
     with pytest.raises(OSError, match="in use"):
-        bind_udp(address, listener.address[1], 65536, reuse_address=True)
+        bind_udp(address, listener.address[1], 65536, reuse_port=True)
     listener.close()
 
 
@@ -200,5 +203,5 @@ def _unexpected(name: str) -> None:
     raise AssertionError(name)
 
 
-def _no_train(*_: object) -> None:
+def _no_train(*_: object) -> int:
     raise AssertionError("a train")

@@ -21,6 +21,7 @@ from relay.net.udp import (
     ListeningSocket,
     RelaySocket,
     WildcardSocket,
+    adopt,
     bind_udp,
 )
 
@@ -52,6 +53,7 @@ class Receiver:
         else:
             self.under_test = WildcardSocket(self._sock, view, unexpected, wanted)
         self.reads: list[int] = []  # how many datagrams each of them held
+        self.taken_apart = 0  # what is said of each train
         self.datagrams: list[bytes] = []
         self.sources: set[Any] = set()
 
@@ -70,11 +72,12 @@ class Receiver:
     def _on_datagram(self, size: int, source: Any) -> None:
         self._take([bytes(self._buffer[:size])], source)
 
-    def _on_train(self, size: int, segment: int, source: Any) -> None:
+    def _on_train(self, size: int, segment: int, source: Any) -> int:
         assert segment < size
         self._take(
             [bytes(self._buffer[at:size][:segment]) for at in range(0, size, segment)], source
         )
+        return self.taken_apart
 
     def _take(self, datagrams: list[bytes], source: Any) -> None:
         self.reads.append(len(datagrams))
@@ -296,6 +299,61 @@ def test_longer_than_the_device_sends_is_not_tried_again(
     assert [record.getMessage() for record in caplog.records] == [
         f"UDP_SEGMENT refuses datagrams of 1400 bytes ({os.strerror(error)}): sent one by one"
     ]
+
+
+def test_how_long_is_too_long_is_known_by_host_and_asked_again_some_day() -> None:
+    """Another host may be beyond a device that takes more, and routes may change."""
+    kernel = Kernel(errno.EMSGSIZE)
+    sender = sender_of(kernel)
+    pieces: list[memoryview | bytes] = [b"x", b"y"]
+
+    assert sender.send(pieces, 1, 1400, ("192.0.2.10", 5000)) == 0
+    assert sender.send(pieces, 1, 1400, ("192.0.2.11", 5000)) == 2
+    later = [sender.send(pieces, 1, 1400, ("192.0.2.10", 5000)) for _ in range(300)]
+    assert later == [0] * 256 + [2] * 44
+
+
+def test_with_offload_off_no_train_is_sent() -> None:
+    sock: Any = Kernel()
+
+    assert TrainSender(sock, Offload(wanted=False)).send([b"x"] * 2, 1, 1, ("192.0.2.1", 9)) == 0
+    assert sock.sizes == []
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_socket_that_had_trains_before_us_is_read_as_such(
+    host: str, stack: ExitStack, *, wanted: bool
+) -> None:
+    """Systemd keeps it from one process to the next, with all that was set."""
+    sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sock.bind((host, 0))
+    sock.setsockopt(SOL_UDP, UDP_GRO, 1)
+    buffer = memoryview(bytearray(65536))
+    listener = adopt(sock, buffer, unexpected, Offload(wanted=wanted))
+    sender = Sender("127.0.0.1", stack)
+    trains: list[tuple[int, int]] = []
+
+    def on_train(size: int, segment: int, _client: Any) -> int:
+        trains.append((size, segment))
+        return 0
+
+    sender.sends_train(8, ("127.0.0.1", listener.address[1]))
+    listener.receive(lambda *_: pytest.fail("a datagram"), on_train)
+
+    assert trains == [(8 * SIZE, SIZE)]
+    assert listener.sockets == [listener]  # what systemd said of it goes for no other
+
+
+def test_a_train_that_was_taken_apart_ends_the_turn(stack: ExitStack) -> None:
+    """It may have cost as much as a hundred datagrams."""
+    receiver, sender = Receiver("wildcard", "127.0.0.1", stack), Sender("127.0.0.1", stack)
+    for _ in range(3):
+        sender.sends_train(8, receiver.address)
+
+    receiver.taken_apart = 8
+
+    assert [receiver.takes_a_turn() for _ in range(3)] == [[8], [8], [8]]
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP])

@@ -318,6 +318,20 @@ def test_many_channels_are_judged_some_at_a_time() -> None:
     assert relay.server.channels == 0
 
 
+def test_many_channels_of_one_allocation_are_judged_some_at_a_time() -> None:
+    relay = Scenario()
+    alice = relay.client("192.0.2.10:5000").allocates()
+    for number in range(700):
+        alice.binds(0x4000 + number, ("198.51.100.7", 9000 + number))
+
+    relay.changes_peers(deny=["198.51.100.7/32"])
+
+    assert relay.server.channels == 700 - JUDGED_AT_ONCE
+    alice.refreshes(lifetime=0)
+    relay.passes(seconds=0)
+    assert relay.server.channels == 0
+
+
 def test_a_peer_that_is_allowed_again_can_be_bound_again() -> None:
     relay = Scenario()
     alice = relay.client("192.0.2.10:5000").allocates()

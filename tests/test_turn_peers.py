@@ -202,7 +202,13 @@ def test_a_bad_prefix_is_refused(cidr: str) -> None:
 
 # --- The relay itself -----------------------------------------------------------------------
 
-OWN = [("192.0.2.1", 3478), ("2001:db8::1", 3478), ("127.0.0.1", 8080)]
+OWN = [
+    ("192.0.2.1", 3478),
+    ("2001:db8::1", 3478),
+    ("0.0.0.0", 3478),
+    ("::", 3478),
+    ("127.0.0.1", 8080),
+]
 OPENED = ["192.0.2.0/24", "2001:db8::/32", "127.0.0.0/8", "::ffff:0:0/96", "64:ff9b::/96"]
 
 
@@ -239,6 +245,7 @@ def test_the_relay_itself_is_never_a_peer(peer: tuple[str, int]) -> None:
         pytest.param(("192.0.2.1", 3479), id="another port"),
         pytest.param(("192.0.2.2", 3478), id="another host"),
         pytest.param(("192.0.2.1", 8080), id="the port of another address"),
+        pytest.param(("127.0.0.2", 8080), id="another loopback address than the bound one"),
     ],
 )
 def test_beside_the_relay_there_are_peers(peer: tuple[str, int]) -> None:

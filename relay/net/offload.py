@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Final
 
 logger = logging.getLogger("relay.net.offload")
@@ -26,6 +27,9 @@ _UDP_SEGMENT: Final = 103
 _UDP_GRO: Final = 104
 _MAX_SEGMENTS: Final = 64  # UDP_MAX_SEGMENTS, which newer kernels have doubled
 _MAX_BYTES: Final = 65507  # payload of the largest datagram over IPv4
+_TRIED_AFTER: Final = 256  # trains after a refusal until the next try
+_MOST_REFUSED: Final = 256  # hosts
+_NOT_REFUSED: Final = (0, 0)
 SEGMENT_ROOM: Final = socket.CMSG_SPACE(struct.calcsize("i"))
 _pack_size = struct.Struct("H").pack
 
@@ -52,6 +56,12 @@ class Offload:
             return False
         return True
 
+    def reads_trains(self, sock: socket.socket) -> bool:
+        """Tell if the kernel hands over trains on *sock* already: systemd keeps what we set."""
+        with suppress(OSError):  # a kernel that knows nothing of it
+            return bool(sock.getsockopt(_SOL_UDP, _UDP_GRO))
+        return False
+
     def log_once(self, message: str, *values: object) -> None:
         """Log *message* with the *values* in it, unless it was logged before with any others."""
         if message not in self._logged:
@@ -68,15 +78,22 @@ def segment_size(ancillary: list[ControlMessage]) -> int:
 
 
 class TrainSender:
-    """Sends trains from one socket, for as long as the kernel takes them."""
+    """Sends trains from one socket, where the kernel takes them.
 
-    __slots__ = ("_longest", "_offload", "_sock")
+    A kernel or device that cannot is not asked again. How long datagrams may be depends on
+    where they go to, and may change with routes and addresses, so that is remembered by host
+    and for some trains only.
+    """
+
+    __slots__ = ("_is_possible", "_offload", "_refused", "_sock")
 
     def __init__(self, sock: socket.socket, offload: Offload) -> None:
         """Send from *sock*, which stays the caller's."""
         self._sock = sock
         self._offload = offload
-        self._longest = _MAX_BYTES  # no train of longer datagrams is tried
+        self._is_possible = offload.wanted
+        # By host: the size from which on it was refused, and how many trains not to try.
+        self._refused: dict[str, tuple[int, int]] = {}
 
     def send(
         self,
@@ -91,7 +108,11 @@ class TrainSender:
         Every *each* of the *pieces* make a datagram of *size* bytes; the last may be shorter,
         but not empty. What the kernel did not take can be sent one by one.
         """
-        if size > self._longest:
+        if not self._is_possible:
+            return 0
+        refused_size, left_out = self._refused.get(to[0], _NOT_REFUSED)
+        if left_out and size >= refused_size:
+            self._refused[to[0]] = (refused_size, left_out - 1)
             return 0
         control = (*control, (_SOL_UDP, _UDP_SEGMENT, _pack_size(size)))
         most = min(_MAX_SEGMENTS, _MAX_BYTES // size) * each
@@ -99,21 +120,23 @@ class TrainSender:
             try:
                 self._sock.sendmsg(pieces[start : start + most], control, 0, to)
             except OSError as error:
-                self._refuse(size, error)
+                self._refuse(to[0], size, error)
                 return start // each
         return len(pieces) // each
 
-    def _refuse(self, size: int, error: OSError) -> None:
-        """Do not try again what can be expected to fail again."""
+    def _refuse(self, host: str, size: int, error: OSError) -> None:
+        """Do not try again soon what can be expected to fail again."""
+        if len(self._refused) >= _MOST_REFUSED:
+            self._refused.clear()
         if error.errno in _TOO_LONG:
-            self._longest = size - 1
+            self._refused[host] = (size, _TRIED_AFTER)
             self._offload.log_once(
                 "UDP_SEGMENT refuses datagrams of %d bytes (%s): sent one by one",
                 size,
                 error.strerror,
             )
         elif error.errno in _NOT_SUPPORTED:
-            self._longest = 0
+            self._is_possible = False
             self._offload.log_once("no UDP_SEGMENT (%s): sent one by one", error.strerror)
         # Else it is a shortage, or no way to there: the next train may have more luck.
 

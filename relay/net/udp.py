@@ -25,7 +25,9 @@ from relay.net.offload import SEGMENT_ROOM, ControlMessage, Offload, TrainSender
 from relay.net.reactor import Reactor
 
 READ_BUDGET: Final = 32  # datagrams per socket and turn of the reactor, at most
-TRAIN_BUDGET: Final = 4  # reads after which a train is the last; it takes as long as many others
+# Reads after which a train is the last, and datagrams that one may be taken apart into without
+# being so at once: the longest ones take as long as a hundred datagrams.
+TRAIN_BUDGET: Final = 4
 BURST: Final = 16  # datagrams of one flow, read in one turn, that tell bulk traffic from calls
 # Finding a socket empty costs an exception. Where datagrams come one at a time that is as much
 # as reading one, so after such a one the next few are read without looking for more.
@@ -36,6 +38,7 @@ RELAY_BUFFER: Final = 512 << 10  # for each relay port: a burst of 200 large dat
 # From <asm-generic/socket.h> and <linux/sock_diag.h>, as are the next ones from <linux/in.h> and
 # <linux/in6.h>; the socket module lacks them.
 _SO_MEMINFO: Final = 55
+_TIMESTAMPS: Final = (29, 35)  # SO_TIMESTAMP, SO_TIMESTAMPNS
 _MEMINFO: Final = struct.Struct("9I")
 _MEMINFO_DROPS: Final = 8  # SK_MEMINFO_DROPS
 _IP_PKTINFO: Final = 8
@@ -60,8 +63,10 @@ Client = tuple[SocketAddress, bytes]
 OnDatagram = Callable[[int, Any], None]
 """Takes size and source of a datagram that lies in the buffer."""
 
-OnTrain = Callable[[int, int, Any], None]
+OnTrain = Callable[[int, int, Any], int]
 """Takes the size of a train that lies in the buffer, that of its datagrams, and their source.
+
+Returns how many of them had to be served one by one.
 
 All datagrams have the same size but the last, which may be shorter.
 """
@@ -70,12 +75,11 @@ Lost = Callable[[str], None]
 """Takes what failed and why, such as ``send_enobufs``."""
 
 
-def bind_udp(
-    host: str, port: int, buffer_size: int, *, reuse_address: bool = False
-) -> socket.socket:
+def bind_udp(host: str, port: int, buffer_size: int, *, reuse_port: bool = False) -> socket.socket:
     """Return a non-blocking UDP socket bound to *host* and *port*. Raises OSError.
 
-    With *reuse_address* another socket may hold the port that allows it too (SO_REUSEADDR).
+    With *reuse_port* another socket of this user may hold the port that allows it too
+    (SO_REUSEPORT).
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -83,8 +87,8 @@ def bind_udp(
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         _prepare(sock, buffer_size)
-        if reuse_address:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((host, port))
     except BaseException:
         sock.close()
@@ -116,7 +120,7 @@ class _Socket:
         self._lost = lost
         self._offload = offload
         self._trains = TrainSender(sock, offload)
-        self._reads_trains = False
+        self._reads_trains = offload.reads_trains(sock)
         self._lone = 0
 
     def _receive_trains(
@@ -131,8 +135,8 @@ class _Socket:
                 self._pause(count, error)
                 return
             if ancillary and (segment := segment_size(ancillary)):
-                on_train(size, segment, origin(source))
-                if count + 1 >= TRAIN_BUDGET:
+                taken_apart = on_train(size, segment, origin(source))
+                if count + 1 >= TRAIN_BUDGET or taken_apart > TRAIN_BUDGET:
                     break
             else:
                 on_datagram(size, origin(source))
@@ -253,7 +257,10 @@ def listen(
     host: str, port: int, buffer: memoryview, lost: Lost, offload: Offload
 ) -> "ListeningSocket":
     """Bind a socket for clients that reads into *buffer*. Raises OSError."""
-    return _listening(bind_udp(host, port, LISTEN_BUFFER), buffer, lost, offload)
+    listener = _listening(bind_udp(host, port, LISTEN_BUFFER), buffer, lost, offload)
+    if isinstance(listener, WildcardSocket):
+        listener.bind_beside(local_addresses())
+    return listener
 
 
 def adopt(
@@ -268,7 +275,11 @@ def adopt(
     ):
         raise ValueError("an IPv6 socket that takes IPv4 too (BindIPv6Only=ipv6-only is missing)")
     sock.setblocking(False)
+    for timestamp in _TIMESTAMPS:  # they would take the room of what has to be read
+        sock.setsockopt(socket.SOL_SOCKET, timestamp, 0)
     _prepare(sock, LISTEN_BUFFER)
+    # No others beside it: they would be without its device, its mark and the rest, and would not
+    # be there while the next process starts.
     return _listening(sock, buffer, lost, offload)
 
 
@@ -277,11 +288,8 @@ def _listening(
 ) -> "ListeningSocket":
     host = sock.getsockname()[0]
     log_buffers(sock, LISTEN_BUFFER, f"the socket for clients on {host}")
-    if host not in WILDCARDS:
-        return ListeningSocket(sock, buffer, lost, offload)
-    wildcard = WildcardSocket(sock, buffer, lost, offload)
-    wildcard.bind_beside(local_addresses())
-    return wildcard
+    kind = WildcardSocket if host in WILDCARDS else ListeningSocket
+    return kind(sock, buffer, lost, offload)
 
 
 class ListeningSocket(_Socket):
@@ -394,17 +402,17 @@ class WildcardSocket(ListeningSocket):
         ours = [host for host in sorted(hosts) if (":" in host) == (family == socket.AF_INET6)]
         sharing = [self._sock]
         # Only in here, or anybody could bind to our addresses too and take what is sent to us.
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         for host in ours[:_MOST_BESIDE]:
             with suppress(OSError):  # such as a link-local one; the wildcard serves it as well
-                sock = bind_udp(host, port, LISTEN_BUFFER, reuse_address=True)
+                sock = bind_udp(host, port, LISTEN_BUFFER, reuse_port=True)
                 sharing.append(sock)
                 local = socket.inet_pton(family, host)
                 self._beside[local] = ListeningSocket(
                     sock, self._buffer, self._lost, self._offload, local
                 )
         for sock in sharing:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
         self.sockets += self._beside.values()
 
     def receive(self, on_datagram: OnDatagram, on_train: OnTrain) -> None:
@@ -420,8 +428,8 @@ class WildcardSocket(ListeningSocket):
             if len(ancillary) == 1 or not (segment := segment_size(ancillary)):
                 on_datagram(size, client)
             else:
-                on_train(size, segment, client)
-                if count + 1 >= TRAIN_BUDGET:
+                taken_apart = on_train(size, segment, client)
+                if count + 1 >= TRAIN_BUDGET or taken_apart > TRAIN_BUDGET:
                     break
         if self._lone:
             self._lone -= 1

@@ -56,6 +56,7 @@ NOT_PUBLIC: Final = {
     "ff00::/8": "multicast",
 }
 
+_WILDCARDS: Final = {4: IPv4Address(0), 6: IPv6Address(0)}
 REMEMBERED_HOSTS: Final = 4096  # for the rules that apply to them
 
 # Prefixes that carry an IPv4 address, and how many bits follow it.
@@ -142,9 +143,13 @@ class PeerPolicy:
         return self._host_refusal(host)
 
     def _is_own(self, host: str, port: int) -> bool:
-        """Tell if the relay serves there. Any loopback address may lead to it, and none at all."""
+        """Tell if the relay serves there. To a wildcard any loopback address leads, and none."""
         return any(
-            (spelling, port) in self._own or spelling.is_loopback or spelling.is_unspecified
+            (spelling, port) in self._own
+            or (
+                (spelling.is_loopback or spelling.is_unspecified)
+                and (_WILDCARDS[spelling.version], port) in self._own
+            )
             for spelling in _spellings(ip_address(host))
         )
 

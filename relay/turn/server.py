@@ -29,7 +29,7 @@ from relay.turn.commands import (
 )
 from relay.turn.peers import PeerPolicy
 from relay.turn.ratelimit import RateLimiter
-from relay.turn.tables import Allocation, Tables, site_of
+from relay.turn.tables import Allocation, Channel, Tables, site_of
 
 logger = logging.getLogger("relay.turn")
 
@@ -90,7 +90,7 @@ class Server:
         self.auth_failures: Counter[AuthFailure] = Counter()
         self._opening: dict[int, _Opening] = {}  # by port, between OpenPort and its answer
         self._draining = False
-        self._unjudged: list[Allocation] = []  # by rules about peers that have changed
+        self._unjudged: list[Channel] = []  # by rules about peers that have changed
 
     def handle_request(
         self, datagram: bytes, client: ClientAddress, *, now: float, unix_now: float
@@ -168,7 +168,7 @@ class Server:
         wait for all of them: :meth:`poll_timeout` asks for the next.
         """
         self._peer_policy = peer_policy
-        self._unjudged = self._tables.all()
+        self._unjudged = self._tables.all_channels()
         self._judge_some(now)
 
     @property
@@ -187,9 +187,9 @@ class Server:
         assert all(self._tables.at_port(port) is None for port in self._opening)
 
     def _judge_some(self, now: float) -> None:
-        judged = 0
-        while self._unjudged and judged < JUDGED_AT_ONCE:
-            judged += self._tables.judge_peers(self._unjudged.pop(), self._reach, now)
+        for channel in self._unjudged[-JUDGED_AT_ONCE:]:
+            self._tables.judge_peer(channel, self._reach, now)
+        del self._unjudged[-JUDGED_AT_ONCE:]
 
     def _signing_key(self, received: Received) -> bytes | None:
         """Return the claimed user's key if the request is signed with it, else None.

@@ -98,9 +98,9 @@ class Tables:
     def __len__(self) -> int:
         return len(self._by_client)
 
-    def all(self) -> list[Allocation]:
-        """Return every allocation."""
-        return list(self._by_client.values())
+    def all_channels(self) -> list[Channel]:
+        """Return every channel, cooling ones too."""
+        return [c for a in self._by_client.values() for c in a.channels.values()]
 
     def of_client(self, client: ClientAddress) -> Allocation | None:
         """Return the allocation of a 5-tuple."""
@@ -183,23 +183,22 @@ class Tables:
         channel.state = NEXT[channel.state, Input.BIND]
         self._deadlines.schedule(channel, now + CHANNEL_LIFETIME)
 
-    def judge_peers(
-        self, allocation: Allocation, judge: Callable[[PeerAddress], bool | None], now: float
-    ) -> int:
-        """Apply changed rules to an allocation's bound channels; return how many there are.
+    def judge_peer(
+        self, channel: Channel, judge: Callable[[PeerAddress], bool | None], now: float
+    ) -> None:
+        """Apply changed rules to a channel, if it is bound.
 
         *judge* tells whether datagrams to a peer may leave this relay; None if it may not be
         reached at all: its channel is unbound, as if its time had come.
         """
-        bound = [c for c in allocation.channels.values() if c.state is Binding.BOUND]
-        for channel in bound:
-            reaches_outside = judge(channel.peer)
-            if reaches_outside is None:
-                self._expire_channel(channel, now)
-            elif reaches_outside is not channel.reaches_outside:
-                self._unbind(channel)
-                self._bind(channel, reaches_outside=reaches_outside)
-        return len(bound)
+        if channel.state is not Binding.BOUND:
+            return
+        reaches_outside = judge(channel.peer)
+        if reaches_outside is None:
+            self._expire_channel(channel, now)
+        elif reaches_outside is not channel.reaches_outside:
+            self._unbind(channel)
+            self._bind(channel, reaches_outside=reaches_outside)
 
     def expire(self, now: float) -> None:
         """Serve every deadline up to *now*."""
