@@ -21,13 +21,13 @@ from relay.forwarder import LARGEST_DATAGRAM, Forwarder
 from relay.health import HealthServer
 from relay.listening import open_listeners
 from relay.metrics import Counters
-from relay.monitor import Monitor
+from relay.monitor import AUTH_FAILURE_REASONS, DROP_REASONS, Monitor
 from relay.net.addresses import WILDCARDS, is_local, local_addresses
 from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor, log_bug
 from relay.net.signals import Signals
-from relay.net.udp import QUEUE_FULL, USUAL_LOSSES, ListeningSocket, RelayPorts
+from relay.net.udp import ListeningSocket, RelayPorts
 from relay.portal.client import PortalClient
 from relay.portal.endpoint import endpoint
 from relay.portal.phoenix import (
@@ -39,7 +39,7 @@ from relay.portal.phoenix import (
 )
 from relay.stun.address import family_of, format_endpoint
 from relay.stun.const import Family
-from relay.turn.auth import Authenticator, AuthFailure, as_json, mint
+from relay.turn.auth import Authenticator, as_json, mint
 from relay.turn.channeldata import HEADER_SIZE
 from relay.turn.commands import Drop
 from relay.turn.peers import PeerPolicy
@@ -334,8 +334,8 @@ class Daemon:
                 self.monitor.status,
                 version=__version__,
                 on_start=partial(self._name_thread, "health"),
-                drop_reasons=[*(reason.value for reason in Drop), *USUAL_LOSSES, QUEUE_FULL],
-                auth_failure_reasons=[reason.value for reason in AuthFailure],
+                drop_reasons=DROP_REASONS,
+                auth_failure_reasons=AUTH_FAILURE_REASONS,
             )
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE

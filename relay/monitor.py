@@ -2,12 +2,19 @@
 
 import time
 from collections.abc import Collection, Mapping
+from typing import Final
 
 from relay.exposition import Status, total
 from relay.metrics import Counters
 from relay.net.reactor import Reactor
-from relay.net.udp import QUEUE_FULL, ListeningSocket
+from relay.net.udp import QUEUE_FULL, USUAL_LOSSES, ListeningSocket
+from relay.turn.auth import AuthFailure
+from relay.turn.commands import Drop
 from relay.turn.server import Server
+
+# What is worth a 0 before it is counted.
+DROP_REASONS: Final = (*(reason.value for reason in Drop), *USUAL_LOSSES, QUEUE_FULL)
+AUTH_FAILURE_REASONS: Final = tuple(reason.value for reason in AuthFailure)
 
 
 class Monitor:

@@ -5,7 +5,23 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from relay.exposition import Status
+from relay.metrics import Counters
 from tests.turnclient import TIMEOUT
+
+# What a relay says of itself that has just started; with counters of one's own, use replace().
+QUIET = Status(
+    not_ready=None,
+    stuck_for=0.0,
+    loop_lag=0.0,
+    allocations=0,
+    channels=0,
+    portal_connected=None,
+    portal_reconnects=0,
+    responses={},
+    auth_failures={},
+    counters=Counters(),
+)
 
 
 def ask(port: int, path: str) -> tuple[int, bytes]:

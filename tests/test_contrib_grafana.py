@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -12,12 +13,11 @@ import pytest
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.exposition import RelayCollector, Status
+from relay.exposition import RelayCollector
 from relay.metrics import Counters
-from relay.net.udp import USUAL_LOSSES
+from relay.monitor import AUTH_FAILURE_REASONS, DROP_REASONS
 from relay.stun.const import ErrorCode, Method
-from relay.turn.auth import AuthFailure
-from relay.turn.commands import Drop
+from tests.probes import QUIET
 
 CONTRIB = Path(__file__).parent.parent / "contrib/grafana"
 DASHBOARD = CONTRIB / "dashboard.json"
@@ -39,16 +39,10 @@ def exported() -> dict[str, Labels]:
     codes = ["success", *(str(code.value) for code in ErrorCode)]
     counters = Counters()
     counters.lost("receive_econnrefused")
-    status = Status(
-        not_ready=None,
-        stuck_for=0.0,
-        loop_lag=0.0,
-        allocations=0,
-        channels=0,
+    status = replace(
+        QUIET,
         portal_connected=True,
-        portal_reconnects=0,
         responses={(method.name.lower(), code): 1 for method in Method for code in codes},
-        auth_failures={},
         counters=counters,
     )
     registry = CollectorRegistry()
@@ -56,8 +50,8 @@ def exported() -> dict[str, Labels]:
         RelayCollector(
             lambda: status,
             version="1.2.3",
-            drop_reasons=[*(reason.value for reason in Drop), *USUAL_LOSSES],
-            auth_failure_reasons=[reason.value for reason in AuthFailure],
+            drop_reasons=DROP_REASONS,
+            auth_failure_reasons=AUTH_FAILURE_REASONS,
         )
     )
     ProcessCollector(registry=registry)

@@ -12,23 +12,11 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.exposition import STUCK_AFTER, RelayCollector, Status
+from relay.exposition import STUCK_AFTER, RelayCollector
 from relay.metrics import Counters
+from tests.probes import QUIET
 
 Samples = dict[tuple[str, str], float]  # by name, and the value of its label or labels
-
-QUIET = Status(
-    not_ready=None,
-    stuck_for=0.0,
-    loop_lag=0.0,
-    allocations=0,
-    channels=0,
-    portal_connected=None,
-    portal_reconnects=0,
-    responses={},
-    auth_failures={},
-    counters=Counters(),
-)
 
 
 class Relay:

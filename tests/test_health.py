@@ -27,21 +27,10 @@ from relay import health
 from relay.exposition import STUCK_AFTER, Status
 from relay.health import MAX_CONNECTIONS, HealthServer
 from relay.metrics import Counters
+from tests.probes import QUIET
 
 WAIT = 10.0  # seconds; only a failing test waits for so long
 PAGES = ("/healthz", "/readyz", "/metrics")
-QUIET = Status(
-    not_ready=None,
-    stuck_for=0.0,
-    loop_lag=0.0,
-    allocations=0,
-    channels=0,
-    portal_connected=None,
-    portal_reconnects=0,
-    responses={},
-    auth_failures={},
-    counters=Counters(),
-)
 HEADER = b"GET /healthz HTTP/1.1\r\nHost: relay\r\n"
 
 

@@ -66,9 +66,8 @@ OnDatagram = Callable[[int, Any], None]
 OnTrain = Callable[[int, int, Any], int]
 """Takes the size of a train that lies in the buffer, that of its datagrams, and their source.
 
-Returns how many of them had to be served one by one.
-
-All datagrams have the same size but the last, which may be shorter.
+All datagrams have the same size but the last, which may be shorter. Returns how many of them
+had to be served one by one.
 """
 
 Lost = Callable[[str], None]
