@@ -105,6 +105,11 @@ def _prepare(sock: socket.socket, buffer_size: int) -> None:
     set_buffers(sock, buffer_size)
 
 
+def _is_last(count: int, taken_apart: int) -> bool:
+    """Tell if a train is the last of the turn, after *count* other reads."""
+    return count + 1 >= TRAIN_BUDGET or taken_apart > TRAIN_BUDGET
+
+
 class _Socket:
     """What all sockets have in common: when they read, and how they read trains."""
 
@@ -135,7 +140,7 @@ class _Socket:
                 return
             if ancillary and (segment := segment_size(ancillary)):
                 taken_apart = on_train(size, segment, origin(source))
-                if count + 1 >= TRAIN_BUDGET or taken_apart > TRAIN_BUDGET:
+                if _is_last(count, taken_apart):
                     break
             else:
                 on_datagram(size, origin(source))
@@ -428,7 +433,7 @@ class WildcardSocket(ListeningSocket):
                 on_datagram(size, client)
             else:
                 taken_apart = on_train(size, segment, client)
-                if count + 1 >= TRAIN_BUDGET or taken_apart > TRAIN_BUDGET:
+                if _is_last(count, taken_apart):
                     break
         if self._lone:
             self._lone -= 1
