@@ -13,11 +13,11 @@ import time
 import tracemalloc
 from typing import Any, Final
 
-from relay.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
-from relay.metrics import Counters
+from relay.datapath.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
 from relay.net.udp import RelayPorts
+from relay.observe.counters import Counters
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
 from relay.turn.channeldata import HEADER_SIZE, RFC8656_NUMBERS

@@ -12,8 +12,8 @@ from typing import Any, Final
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from relay.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
-from relay.metrics import Counters
+from relay.datapath.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
+from relay.observe.counters import Counters
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
 from relay.turn.channeldata import HEADER_SIZE, RFC8656_NUMBERS

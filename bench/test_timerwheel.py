@@ -10,7 +10,7 @@ from typing import Final
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from relay.timerwheel import TimerWheel
+from relay.turn.timerwheel import TimerWheel
 
 ITEMS: Final = 10_000
 HOUR: Final = 3600

@@ -16,12 +16,12 @@ from typing import Final
 from prometheus_client.metrics_core import Metric
 
 from relay.cli import build_parser
+from relay.config.options import DEFAULT_FILE, OPTIONS, Option
 from relay.daemon import MAX_CHANNELS, WELCOME_LIFETIME
-from relay.exposition import STUCK_AFTER, RelayCollector, Status
-from relay.logbrake import BURST, BURST_OF_ALL, INTERVAL
-from relay.metrics import Counters
 from relay.net.udp import LISTEN_BUFFER, RELAY_BUFFER
-from relay.options import DEFAULT_FILE, OPTIONS, Option
+from relay.observe.counters import Counters
+from relay.observe.exposition import STUCK_AFTER, RelayCollector, Status
+from relay.observe.logratelimit import BURST, BURST_OF_ALL, INTERVAL
 from relay.turn import ratelimit
 from relay.turn.auth import REALM, AuthFailure
 from relay.turn.commands import Drop

@@ -20,11 +20,11 @@ from typing import Any, Final, NoReturn, TextIO
 
 import configargparse
 
-from relay.config import Config, ConfigError, Reloaded
+from relay.config.model import Config, ConfigError, Reloaded
+from relay.config.options import CREDENTIALS, DEFAULT_FILE, OPTIONS, Option, parse_token, read_file
 from relay.daemon import CAUGHT, Daemon, DaemonError
-from relay.logs import configure
 from relay.net.addresses import is_local, outward_address
-from relay.options import CREDENTIALS, DEFAULT_FILE, OPTIONS, Option, parse_token, read_file
+from relay.observe.logs import configure
 from relay.turn.auth import as_json, mint
 from relay.version import __version__
 
@@ -281,7 +281,7 @@ def _find_public_addresses(values: dict[str, Any], texts: dict[str, tuple[str, .
 class _Reader:
     """Reads values and files, every value once: its file may be a pipe.
 
-    *again*: files are read for the second time, see :func:`relay.options.read_file`.
+    *again*: files are read for the second time, see :func:`relay.config.options.read_file`.
     """
 
     def __init__(self, *, again: bool) -> None:

@@ -15,19 +15,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, assert_never
 
-from relay import logs, sandbox, systemd
-from relay.config import Config, ConfigError, Reloaded
-from relay.forwarder import LARGEST_DATAGRAM, Forwarder
-from relay.health import HealthServer
-from relay.listening import open_listeners
-from relay.metrics import Counters
-from relay.monitor import AUTH_FAILURE_REASONS, DROP_REASONS, Monitor
+from relay.config.model import Config, ConfigError, Reloaded
+from relay.datapath.forwarder import LARGEST_DATAGRAM, Forwarder
+from relay.host import sandbox, systemd
+from relay.host.listening import open_listeners
 from relay.net.addresses import WILDCARDS, is_local, local_addresses
 from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor, log_bug
 from relay.net.signals import Signals
 from relay.net.udp import ListeningSocket, RelayPorts
+from relay.observe import logs
+from relay.observe.counters import Counters
+from relay.observe.http import HealthServer
+from relay.observe.monitor import AUTH_FAILURE_REASONS, DROP_REASONS, Monitor
 from relay.portal.client import PortalClient
 from relay.portal.endpoint import endpoint
 from relay.portal.phoenix import (

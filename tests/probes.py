@@ -5,8 +5,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.exposition import Status
-from relay.metrics import Counters
+from relay.observe.counters import Counters
+from relay.observe.exposition import Status
 from tests.turnclient import TIMEOUT
 
 # What a relay says of itself that has just started; with counters of one's own, use replace().

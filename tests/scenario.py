@@ -18,19 +18,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
-from relay.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
-from relay.metrics import Counters
+from relay.datapath.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
+from relay.observe.counters import Counters
 from relay.stun import integrity
 from relay.stun.address import Address, family_of
 from relay.stun.attributes import Attr, Attribute
 from relay.stun.const import UDP_PROTOCOL, Family, Kind, Method
 from relay.stun.message import Message, Received, decode
-from relay.timerwheel import TimerWheel
 from relay.turn.auth import REALM, Authenticator, mint
 from relay.turn.channeldata import HEADER, HEADER_SIZE, RFC8656_NUMBERS
 from relay.turn.commands import ClientAddress, PeerAddress
 from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server, Settings
+from relay.turn.timerwheel import TimerWheel
 
 T = TypeVar("T")
 

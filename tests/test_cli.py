@@ -19,8 +19,8 @@ from typing import Any, Final
 import pytest
 
 from relay.cli import Command, main, read, reread
-from relay.config import ConfigError
-from relay.options import LONGEST_FILE, OPTIONS, Option
+from relay.config.model import ConfigError
+from relay.config.options import LONGEST_FILE, OPTIONS, Option
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
 from relay.version import __version__
 from tests.process import RelayProcess, free_port, run
@@ -603,7 +603,7 @@ def test_a_pipe_is_not_waited_for_for_ever(
     *,
     begun: bool,
 ) -> None:
-    monkeypatch.setattr("relay.options.PATIENCE", 0.0)
+    monkeypatch.setattr("relay.config.options.PATIENCE", 0.0)
     content, _, value = KINDS[kind]
     path = tmp_path / "pipe"
     os.mkfifo(path)

@@ -15,8 +15,8 @@ import pytest
 
 from contrib.generate import HERE, choices, generated
 from relay.cli import build_parser
+from relay.config.options import OPTIONS, Option
 from relay.daemon import CAUGHT
-from relay.options import OPTIONS, Option
 
 ROOT: Final = HERE.parent
 PAGE: Final = HERE / "man/firezone-relay.8"

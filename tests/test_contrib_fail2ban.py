@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from relay.logs import configure
+from relay.observe.logs import configure
 from relay.stun.attributes import Attr
 from relay.stun.const import Method
 from relay.turn.auth import mint

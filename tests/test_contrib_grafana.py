@@ -13,9 +13,9 @@ import pytest
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.exposition import RelayCollector
-from relay.metrics import Counters
-from relay.monitor import AUTH_FAILURE_REASONS, DROP_REASONS
+from relay.observe.counters import Counters
+from relay.observe.exposition import RelayCollector
+from relay.observe.monitor import AUTH_FAILURE_REASONS, DROP_REASONS
 from relay.stun.const import ErrorCode, Method
 from tests.probes import QUIET
 

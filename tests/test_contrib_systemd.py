@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from relay.cli import read
+from relay.config.options import DEFAULT_FILE, OPTIONS
 from relay.daemon import HTTP_DESCRIPTORS, SPARE_DESCRIPTORS
-from relay.listening import ACTIVATED
+from relay.host.listening import ACTIVATED
 from relay.net.udp import LISTEN_BUFFER
-from relay.options import DEFAULT_FILE, OPTIONS
 
 ROOT = Path(__file__).parent.parent
 SYSTEMD = ROOT / "contrib/systemd"

@@ -10,20 +10,14 @@ import pytest
 # --- The rules ------------------------------------------------------------------------------
 
 BELOW_THE_DAEMON: Final = (
-    "relay.config",
-    "relay.logs",
-    "relay.listening",
-    "relay.monitor",
-    "relay.forwarder",
+    "relay.host",
+    "relay.observe",
+    "relay.datapath",
+    "relay.portal",
+    "relay.config.model",
+    "relay.net",
     "relay.turn",
     "relay.stun",
-    "relay.net",
-    "relay.portal",
-    "relay.health",
-    "relay.metrics",
-    "relay.systemd",
-    "relay.sandbox",
-    "relay.timerwheel",
     "relay.version",
 )
 
@@ -31,37 +25,35 @@ BELOW_THE_DAEMON: Final = (
 # modules, and these may import each other. relay/__init__.py has no row: it imports nothing.
 MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
     "relay.__main__": ("relay.cli",),
-    "relay.cli": ("relay.options", "relay.daemon", *BELOW_THE_DAEMON),
-    "relay.options": (
-        "relay.config",
-        "relay.logs",
+    "relay.cli": ("relay.config.options", "relay.daemon", *BELOW_THE_DAEMON),
+    "relay.config.options": (
+        "relay.observe.logs",
+        "relay.config.model",
         "relay.portal.endpoint",
         "relay.stun.address",
         "relay.turn.channeldata",
     ),
     "relay.daemon": BELOW_THE_DAEMON,
-    "relay.listening": ("relay.config", "relay.systemd", "relay.net", "relay.stun"),
-    "relay.config": ("relay.turn.channeldata", "relay.stun.address", "relay.stun.const"),
-    "relay.logs": ("relay.logbrake",),
-    "relay.logbrake": (),
-    "relay.monitor": ("relay.exposition", "relay.metrics", "relay.net", "relay.turn"),
-    "relay.forwarder": ("relay.turn", "relay.stun", "relay.net", "relay.metrics"),
-    "relay.turn": ("relay.stun", "relay.timerwheel"),
-    "relay.stun": (),
-    "relay.net": ("relay.timerwheel",),
+    "relay.host": ("relay.config.model", "relay.net", "relay.stun"),
+    "relay.observe": ("relay.net", "relay.turn"),
+    "relay.datapath": ("relay.observe.counters", "relay.turn", "relay.stun", "relay.net"),
+    "relay.observe.logs": ("relay.observe.logratelimit",),
+    "relay.observe.logratelimit": (),
+    "relay.observe.counters": (),
+    "relay.config.model": ("relay.turn.channeldata", "relay.stun.address", "relay.stun.const"),
+    "relay.config": (),
     "relay.portal": (),
-    "relay.health": ("relay.exposition", "relay.metrics"),
-    "relay.exposition": ("relay.metrics",),
-    "relay.metrics": (),
-    "relay.systemd": (),
-    "relay.sandbox": (),
-    "relay.timerwheel": (),
+    "relay.net": ("relay.turn.timerwheel",),
+    "relay.turn": ("relay.stun", "relay.turn.timerwheel"),
+    "relay.turn.channeldata": (),
+    "relay.turn.timerwheel": (),
+    "relay.stun": (),
     "relay.version": (),
 }
 
 # What is pure: bytes, time and randomness are handed in. It may import what is pure itself,
 # and this of the standard library: no socket, clock, thread, file or dice among it.
-PURE: Final = ("relay.stun", "relay.turn", "relay.timerwheel", "relay.portal.phoenix")
+PURE: Final = ("relay.stun", "relay.turn", "relay.turn.timerwheel", "relay.portal.phoenix")
 PURE_MAY_IMPORT: Final = (
     "array",
     "base64",
@@ -111,7 +103,7 @@ def test_file_keeps_the_rules(file: str) -> None:
 
 
 def test_all_files_are_looked_at() -> None:
-    assert {"relay/__init__.py", "relay/timerwheel.py", "relay/stun/message.py"} <= set(FILES)
+    assert {"relay/__init__.py", "relay/turn/timerwheel.py", "relay/stun/message.py"} <= set(FILES)
 
 
 def test_the_rules_point_down_only() -> None:
@@ -132,7 +124,7 @@ def test_what_is_pure_may_import_only_what_is_pure() -> None:
 
 ALLOWED = [
     pytest.param("relay/turn/server.py", "relay.stun.message", id="down"),
-    pytest.param("relay/turn/server.py", "relay.timerwheel.TimerWheel", id="down, by name"),
+    pytest.param("relay/turn/server.py", "relay.turn.timerwheel.TimerWheel", id="down, by name"),
     pytest.param("relay/turn/server.py", "relay.turn.auth", id="same package"),
     pytest.param("relay/turn/__init__.py", "relay.turn.auth", id="from the package itself"),
     pytest.param("relay/turn/server.py", "collections.abc", id="submodule of what is allowed"),
@@ -151,25 +143,25 @@ def test_checker_allows(file: str, name: str) -> None:
 
 FORBIDDEN = [
     pytest.param("relay/stun/message.py", "relay.turn.auth", id="stun up to turn"),
-    pytest.param("relay/stun/message.py", "relay.timerwheel", id="stun beside timerwheel"),
+    pytest.param("relay/stun/message.py", "relay.turn.timerwheel", id="stun beside timerwheel"),
     pytest.param("relay/stun/message.py", "relay", id="the whole package"),
     pytest.param("relay/turn/server.py", "relay.net.udp", id="turn beside net"),
-    pytest.param("relay/turn/server.py", "relay.metrics", id="turn beside metrics"),
+    pytest.param("relay/turn/server.py", "relay.observe.counters", id="turn beside metrics"),
     pytest.param("relay/turn/server.py", "relay.turnstile", id="only begins like turn"),
     pytest.param("relay/net/udp.py", "relay.turn.commands", id="net beside turn"),
     pytest.param("relay/net/udp.py", "relay.stun.const", id="net beside stun"),
-    pytest.param("relay/portal/client.py", "relay.config", id="portal up to config"),
-    pytest.param("relay/forwarder.py", "relay.daemon", id="forwarder up to daemon"),
-    pytest.param("relay/forwarder.py", "relay.portal.client", id="forwarder beside portal"),
+    pytest.param("relay/portal/client.py", "relay.config.model", id="portal up to config"),
+    pytest.param("relay/datapath/forwarder.py", "relay.daemon", id="forwarder up to daemon"),
+    pytest.param("relay/datapath/forwarder.py", "relay.portal.client", id="beside portal"),
     pytest.param("relay/daemon.py", "relay.cli", id="daemon up to cli"),
-    pytest.param("relay/config.py", "relay.turn.server", id="config to more than constants"),
-    pytest.param("relay/metrics.py", "relay.version", id="metrics beside version"),
+    pytest.param("relay/config/model.py", "relay.turn.server", id="config to more than constants"),
+    pytest.param("relay/observe/counters.py", "relay.version", id="metrics beside version"),
     pytest.param("relay/__init__.py", "sys", id="the map imports something"),
     pytest.param("relay/__init__.py", "relay.version", id="the map imports the version"),
     pytest.param("relay/stun/message.py", "socket", id="stun with a socket"),
     pytest.param("relay/turn/server.py", "time.monotonic", id="turn with a clock"),
     pytest.param("relay/turn/auth.py", "secrets", id="turn with dice"),
-    pytest.param("relay/timerwheel.py", "threading", id="timerwheel with a thread"),
+    pytest.param("relay/turn/timerwheel.py", "threading", id="timerwheel with a thread"),
     pytest.param("relay/portal/phoenix.py", "datetime", id="phoenix with a clock"),
     pytest.param(
         "relay/portal/phoenix.py", "email.utils.localtime", id="phoenix with a hidden one"

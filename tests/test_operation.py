@@ -545,8 +545,8 @@ BINDING = b"\x00\x01\x00\x00\x21\x12\xa4\x42twelve bytes"
 
 DRIVER_OF_DEFAULT = """
 from dataclasses import replace
-from relay.options import OPTIONS
-import relay.cli, relay.options
+from relay.config.options import OPTIONS
+import relay.cli, relay.config.options
 changed = [replace(o, default="{address}") if o.name == "http-addr" else o for o in OPTIONS]
 relay.cli.OPTIONS = changed
 import sys
@@ -557,7 +557,7 @@ raise SystemExit(relay.cli.main())
 # A relay whose loop can be blocked: reading from one pipe makes it wait for another.
 STUCK = """
 import os, sys
-from relay import exposition
+from relay.observe import exposition
 from relay.cli import read
 from relay.daemon import Daemon
 exposition.STUCK_AFTER = 0.5

@@ -21,7 +21,7 @@ from typing import IO, Any, Final, Self
 
 import pytest
 
-from relay.logbrake import INTERVAL
+from relay.observe.logratelimit import INTERVAL
 from relay.stun.const import Family
 from relay.turn.auth import mint
 from tests.fakeportal import FakePortal

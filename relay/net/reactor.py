@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Protocol
 
-from relay.timerwheel import TimerWheel
+from relay.turn.timerwheel import TimerWheel
 
 logger = logging.getLogger("relay.net.reactor")
 

@@ -12,7 +12,6 @@ from typing import Final
 
 from relay.stun.address import prefix_of
 from relay.stun.const import Family
-from relay.timerwheel import TimerWheel
 from relay.turn.commands import (
     BindChannel,
     ClientAddress,
@@ -21,6 +20,7 @@ from relay.turn.commands import (
     PeerAddress,
     UnbindChannel,
 )
+from relay.turn.timerwheel import TimerWheel
 
 CHANNEL_LIFETIME: Final = 600  # seconds. RFC 8656 §12
 CHANNEL_COOLDOWN: Final = 300  # seconds until number and peer are free again. RFC 8656 §12

@@ -18,8 +18,8 @@ from typing import Any, Final, Self
 
 import pytest
 
-from relay.logbrake import BURST
-from relay.logs import LineHandler, configure, parse_levels, set_levels
+from relay.observe.logratelimit import BURST
+from relay.observe.logs import LineHandler, configure, parse_levels, set_levels
 
 DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
 EVERYTHING: Final = {"": DEBUG}

@@ -215,7 +215,7 @@ NONE = "0" * 16  # an empty set, as /proc writes it
 CHILD = """
 import logging, os, subprocess, sys, threading
 import _prctl, prctl
-from relay import sandbox
+from relay.host import sandbox
 
 NOBODY = 65534
 

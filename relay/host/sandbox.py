@@ -15,7 +15,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any, Final
 
-logger = logging.getLogger("relay.sandbox")
+logger = logging.getLogger("relay.host")
 
 PROCESS_NAME: Final = "firezone-relay"  # the kernel keeps 15 bytes
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple, Protocol, assert_never
 
-from relay.metrics import Counters
+from relay.observe.counters import Counters
 from relay.stun.address import Address, family_of
 from relay.stun.const import Family
 from relay.turn.channeldata import HEADER, HEADER_SIZE, parse
@@ -44,7 +44,7 @@ from relay.turn.commands import (
 from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server
 
-logger = logging.getLogger("relay.forwarder")
+logger = logging.getLogger("relay.datapath")
 
 LARGEST_DATAGRAM: Final = 65535
 # STUN over UDP stays below the MTU (RFC 8489 §6.1); longer messages only cost time to read.

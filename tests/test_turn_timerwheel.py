@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from relay.timerwheel import SLOTS, TimerWheel
+from relay.turn.timerwheel import SLOTS, TimerWheel
 
 DAY = 86_400
 

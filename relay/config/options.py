@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_network
 from typing import Any, Final
 
-from relay.logs import FORMATS, parse_levels
+from relay.observe.logs import FORMATS, parse_levels
 from relay.portal.endpoint import endpoint
 from relay.stun.address import Address, unpack_host
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS

@@ -5,14 +5,14 @@ import os
 import socket
 from typing import Final
 
-from relay import systemd
-from relay.config import Config, ConfigError
+from relay.config.model import Config, ConfigError
+from relay.host import systemd
 from relay.net.offload import Offload
 from relay.net.udp import ListeningSocket, Lost, adopt, listen
 from relay.stun.address import family_of, format_endpoint
 from relay.stun.const import Family
 
-logger = logging.getLogger("relay.listening")
+logger = logging.getLogger("relay.host")
 
 ACTIVATED: Final = "turn"  # FileDescriptorName= of these sockets
 

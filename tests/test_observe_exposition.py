@@ -12,8 +12,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.exposition import STUCK_AFTER, RelayCollector
-from relay.metrics import Counters
+from relay.observe.counters import Counters
+from relay.observe.exposition import STUCK_AFTER, RelayCollector
 from tests.probes import QUIET
 
 Samples = dict[tuple[str, str], float]  # by name, and the value of its label or labels

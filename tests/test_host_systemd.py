@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import pytest
 
-from relay.systemd import ActivationError, Notifier, inherited_sockets, watchdog_interval
+from relay.host.systemd import ActivationError, Notifier, inherited_sockets, watchdog_interval
 from tests.process import TIMEOUT, environment
 
 # --- Notifications --------------------------------------------------------------------------
@@ -316,7 +316,7 @@ class Manager:
 # What a started process finds, as JSON. Descriptors in its arguments become those from 3 on.
 CHILD = """
 import json, os, sys
-from relay.systemd import ActivationError, inherited_sockets
+from relay.host.systemd import ActivationError, inherited_sockets
 for target, descriptor in enumerate(sys.argv[1:], start=3):
     os.dup2(int(descriptor), target)
     os.environ["LISTEN_PID"] = str(os.getpid())

@@ -34,9 +34,9 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 
-from relay.exposition import RelayCollector, Status
+from relay.observe.exposition import RelayCollector, Status
 
-logger = logging.getLogger("relay.health")
+logger = logging.getLogger("relay.observe")
 
 SLICE: Final = 0.001  # seconds of CPU time without a rest; what has begun is finished
 REST: Final = 35  # times the CPU time used: 2.8 % of a core at most

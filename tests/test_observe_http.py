@@ -23,10 +23,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.parser import text_string_to_metric_families
 from waitress.adjustments import Adjustments
 
-from relay import health
-from relay.exposition import STUCK_AFTER, Status
-from relay.health import MAX_CONNECTIONS, HealthServer
-from relay.metrics import Counters
+from relay.observe import http as health
+from relay.observe.counters import Counters
+from relay.observe.exposition import STUCK_AFTER, Status
+from relay.observe.http import MAX_CONNECTIONS, HealthServer
 from tests.probes import QUIET
 
 WAIT = 10.0  # seconds; only a failing test waits for so long
@@ -540,7 +540,7 @@ def test_wildcard_of_ipv6_is_reached_by_ipv4_whatever_the_default_is() -> None:
 
 REACH_BY_IPV4 = """
 import socket
-from relay.health import HealthServer
+from relay.observe.http import HealthServer
 
 server = HealthServer("::", 0, lambda: None, version="1.2.3")
 for host in "127.0.0.1", "::1":

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from relay.logbrake import BURST, BURST_OF_ALL, INTERVAL, MOST_KINDS, Brake
+from relay.observe.logratelimit import BURST, BURST_OF_ALL, INTERVAL, MOST_KINDS, Brake
 
 DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
 

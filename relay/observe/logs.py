@@ -10,7 +10,7 @@ from typing import Any, Final, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
-from relay.logbrake import Brake
+from relay.observe.logratelimit import Brake
 
 FORMATS: Final = ("human", "json")
 LEVELS: Final = ("debug", "info", "warning", "error")
@@ -157,7 +157,9 @@ class LineHandler(logging.Handler):
 
 def _loss(lines: int) -> logging.LogRecord:
     message = "%d lines of the log are lost: they could not be written"
-    return logging.LogRecord("relay.logs", logging.WARNING, __file__, 0, message, (lines,), None)
+    return logging.LogRecord(
+        "relay.observe.logs", logging.WARNING, __file__, 0, message, (lines,), None
+    )
 
 
 # --- Formats ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from relay.metrics import Counters
+from relay.observe.counters import Counters
 
 STUCK_AFTER: Final = 5.0  # seconds in one turn of the loop
 

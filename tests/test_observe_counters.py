@@ -2,7 +2,7 @@
 
 import pytest
 
-from relay.metrics import Counters
+from relay.observe.counters import Counters
 from relay.stun.address import Address, format_endpoint
 from tests.scenario import Client, Peer, Scenario
 

@@ -4,10 +4,10 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from relay.exposition import Status, total
-from relay.metrics import Counters
 from relay.net.reactor import Reactor
 from relay.net.udp import QUEUE_FULL, USUAL_LOSSES, ListeningSocket
+from relay.observe.counters import Counters
+from relay.observe.exposition import Status, total
 from relay.turn.auth import AuthFailure
 from relay.turn.commands import Drop
 from relay.turn.server import Server

@@ -1,0 +1,1 @@
+"""Where TURN meets the sockets: what arrives, and where it goes."""

@@ -1,0 +1,1 @@
+"""What the relay says of itself: counters, metrics, health checks and logs."""
