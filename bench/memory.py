@@ -1,6 +1,6 @@
 """What a live allocation costs while nothing happens: in memory, and in CPU time.
 
-Run it with ``python -m bench.memory [ALLOCATIONS]``. Server, forwarder, reactor and relay
+Run it with ``python -m bench.memory [ALLOCATIONS]``. Server, data path, reactor and relay
 sockets are the real ones; only the listening socket is none, so that nobody has to take
 the answers. Counted is what Python holds for each allocation, its socket's objects too, but
 neither the kernel's memory nor the interpreter's own. The CPU time is that of the reactor
@@ -11,16 +11,17 @@ import resource
 import sys
 import time
 import tracemalloc
-from typing import Any, Final
+from typing import Final
 
-from relay.datapath.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
+from relay.datapath.datapath import DataPath
+from relay.datapath.destination import Pieces, Workspace
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
-from relay.net.udp import RelayPorts
+from relay.net.udp import PortOpener
 from relay.observe.counters import Counters
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
-from relay.turn.channeldata import HEADER_SIZE, RFC8656_NUMBERS
+from relay.turn.channeldata import RFC8656_NUMBERS
 from relay.turn.commands import ClientAddress
 from tests.scenario import START, UNIX_START, Client, Scenario
 
@@ -51,9 +52,9 @@ def main(count: int) -> None:
     print(f"bytes more, for one channel  {(bound - allocated) / count:8.0f}")
 
     relay.waits(0.1)  # in which the C library sorts what tracemalloc has freed
-    cpu, turns = relay.waits(IDLE)
+    cpu, iterations = relay.waits(IDLE)
     print(f"CPU while idle, ms per s     {1000 * cpu / IDLE:8.3f}")
-    print(f"turns of the reactor         {turns:8}   in {IDLE:.0f} s")
+    print(f"iterations of the reactor    {iterations:8}   in {IDLE:.0f} s")
     relay.close()
 
 
@@ -65,15 +66,16 @@ class Idle:
         self.counters = Counters()
         began = time.monotonic()
         self._reactor = Reactor(clock=lambda: START + time.monotonic() - began)
-        self._buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
-        self._forwarder = Forwarder(
+        workspace = Workspace(self.counters)
+        self._buffer = workspace.buffer
+        self._datapath = DataPath(
             self.scenario.server,
-            buffer=self._buffer,
-            listeners=dict.fromkeys(Family, Unheard()),
-            open_port=RelayPorts(
+            workspace,
+            reach_client=Unheard,
+            open_socket=PortOpener(
                 self._reactor,
                 {Family.IPV4: "127.0.0.1", Family.IPV6: "::1"},
-                memoryview(self._buffer)[HEADER_SIZE:],
+                workspace.for_peers,
                 self.counters.lost,
                 Offload(wanted=True),
             ).open,
@@ -83,7 +85,6 @@ class Idle:
             timers=self._reactor,
             unix_clock=lambda: UNIX_START,
             is_relay_host=lambda _: False,
-            counters=self.counters,
         )
 
     def client(self, number: int) -> Client:
@@ -95,32 +96,37 @@ class Idle:
         for number, request in enumerate(requests):
             self._buffer[: len(request)] = request
             client = ClientAddress((address_of(number), bytes([192, 0, 2, 1])))
-            self._forwarder.on_client_datagram(len(request), client)
+            self._datapath.clients.on_datagram(len(request), client)
 
     def waits(self, seconds: float) -> tuple[float, int]:
         """Let the reactor wait; return the CPU time it took, and how often it woke up."""
         ended: list[bool] = []
         self._reactor.call_later(seconds, lambda: ended.append(True))
-        began, turns = time.process_time(), 0
+        began, iterations = time.process_time(), 0
         while not ended:
-            self._reactor.turn()
-            turns += 1
-        return time.process_time() - began, turns
+            self._reactor.iterate()
+            iterations += 1
+        return time.process_time() - began, iterations
 
     def close(self) -> None:
         """Give the ports back."""
-        self._forwarder.close()
+        self._datapath.close()
         self._reactor.close()
 
 
 class Unheard:
-    """A listening socket whose answers nobody takes."""
+    """The way to a client that takes no answers: as large as a real one."""
 
-    def send(self, datagram: memoryview | bytes, to: Any) -> bool:  # noqa: ANN401, ARG002
+    __slots__ = ("_address", "_lost", "_segments", "_sendto")
+
+    def __init__(self, client: ClientAddress) -> None:
+        self._address = client
+
+    def send(self, datagram: memoryview | bytes) -> bool:  # noqa: ARG002
         """Do nothing."""
         return True
 
-    def send_train(self, pieces: Pieces, each: int, size: int, to: Any) -> int:  # noqa: ANN401, ARG002
+    def send_many(self, pieces: Pieces, each: int, size: int) -> int:  # noqa: ARG002
         """Do nothing."""
         return len(pieces) // each
 

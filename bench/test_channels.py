@@ -6,17 +6,18 @@ a multiple of that for its read and its send (``test_sockets.py``); ``test_round
 measures it all.
 """
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from relay.datapath.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
+from relay.datapath.datapath import DataPath
+from relay.datapath.destination import Pieces, Workspace
+from relay.net.udp import Receiver
 from relay.observe.counters import Counters
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
-from relay.turn.channeldata import HEADER_SIZE, RFC8656_NUMBERS
+from relay.turn.channeldata import RFC8656_NUMBERS
 from relay.turn.commands import ClientAddress, PeerAddress
 from tests.scenario import UNIX_START, Scenario, channel_data
 
@@ -34,7 +35,7 @@ def test_client_to_peer(benchmark: BenchmarkFixture, table: "Table") -> None:
     table.buffer[: len(datagram)] = datagram
 
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        table.forwarder.on_client_datagram,
+        table.datapath.clients.on_datagram,
         args=(len(datagram), table.clients[CLIENTS // 2]),
         **OFTEN,
     )
@@ -44,7 +45,7 @@ def test_client_to_peer(benchmark: BenchmarkFixture, table: "Table") -> None:
 
 def test_peer_to_client(benchmark: BenchmarkFixture, table: "Table") -> None:
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        table.on_peer_datagram[CLIENTS // 2], args=(len(PAYLOAD), PEER), **OFTEN
+        table.ports[CLIENTS // 2].on_datagram, args=(len(PAYLOAD), PEER), **OFTEN
     )
 
     assert not table.counters.dropped
@@ -60,7 +61,7 @@ def test_train_to_peer(benchmark: BenchmarkFixture, table: "Table", *, is_alike:
         table.buffer[len(train) - len(datagram) + 1] += 1
 
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        table.forwarder.on_client_train,
+        table.datapath.clients.on_segments,
         args=(len(train), len(datagram), table.clients[CLIENTS // 2]),
         **LESS_OFTEN,
     )
@@ -70,7 +71,7 @@ def test_train_to_peer(benchmark: BenchmarkFixture, table: "Table", *, is_alike:
 
 def test_train_to_client(benchmark: BenchmarkFixture, table: "Table") -> None:
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        table.on_peer_train[CLIENTS // 2],
+        table.ports[CLIENTS // 2].on_segments,
         args=(TRAIN * len(PAYLOAD), len(PAYLOAD), PEER),
         **LESS_OFTEN,
     )
@@ -84,7 +85,7 @@ def test_unknown_channel(benchmark: BenchmarkFixture, table: "Table") -> None:
     table.buffer[: len(datagram)] = datagram
 
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        table.forwarder.on_client_datagram,
+        table.datapath.clients.on_datagram,
         args=(len(datagram), table.clients[CLIENTS // 2]),
         **OFTEN,
     )
@@ -93,13 +94,17 @@ def test_unknown_channel(benchmark: BenchmarkFixture, table: "Table") -> None:
 
 
 class Nothing:
-    """A socket."""
+    """A socket, and all that is reached from there."""
 
-    def send(self, datagram: memoryview | bytes, to: Any) -> bool:  # noqa: ANN401, ARG002
+    def reach(self, address: Any) -> "Nothing":  # noqa: ANN401, ARG002
+        """Return itself."""
+        return self
+
+    def send(self, datagram: memoryview | bytes) -> bool:  # noqa: ARG002
         """Do nothing."""
         return True
 
-    def send_train(self, pieces: Pieces, each: int, size: int, to: Any) -> int:  # noqa: ANN401, ARG002
+    def send_many(self, pieces: Pieces, each: int, size: int) -> int:  # noqa: ARG002
         """Do nothing."""
         return len(pieces) // each
 
@@ -108,27 +113,26 @@ class Nothing:
 
 
 class Table:
-    """A forwarder with one channel for each of many clients."""
+    """A data path with one channel for each of many clients."""
 
     def __init__(self) -> None:
         relay = Scenario()
-        self.buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
         self.counters = Counters()
+        workspace = Workspace(self.counters)
+        self.buffer = workspace.buffer
         self.clients: list[ClientAddress] = []
-        self.on_peer_datagram: list[Callable[[int, PeerAddress], None]] = []
-        self.on_peer_train: list[Callable[[int, int, PeerAddress], int]] = []
-        self.forwarder = Forwarder(
+        self.ports: list[Receiver] = []
+        self.datapath = DataPath(
             relay.server,
-            buffer=self.buffer,
-            listeners=dict.fromkeys(Family, Nothing()),
-            open_port=self._open_port,
+            workspace,
+            reach_client=Nothing().reach,
+            open_socket=self._open_socket,
             public_hosts=relay.public_hosts,
             relay_ports=range(49152, 65536),
             channel_numbers=RFC8656_NUMBERS,
             timers=relay.time,
             unix_clock=lambda: UNIX_START,
             is_relay_host=lambda _: False,
-            counters=self.counters,
         )
         requests = []
         for number in range(CLIENTS):
@@ -144,18 +148,10 @@ class Table:
             ]
         for number, request in enumerate(requests):
             self.buffer[: len(request)] = request
-            self.forwarder.on_client_datagram(len(request), self.clients[number // 2])
+            self.datapath.clients.on_datagram(len(request), self.clients[number // 2])
 
-    def _open_port(
-        self,
-        _family: Family,
-        _port: int,
-        on_datagram: Callable[[int, PeerAddress], None],
-        on_train: Callable[[int, int, PeerAddress], int],
-        /,
-    ) -> Nothing:
-        self.on_peer_datagram.append(on_datagram)
-        self.on_peer_train.append(on_train)
+    def _open_socket(self, _family: Family, _port: int, receiver: Receiver, /) -> Nothing:
+        self.ports.append(receiver)
         return Nothing()
 
 

@@ -6,37 +6,32 @@ where a send includes the kernel putting the datagram into the queue of who read
 """
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from relay.net.listening import ListeningSocket, WildcardSocket
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
-from relay.net.udp import (
-    READ_BUDGET,
-    ListeningSocket,
-    RelaySocket,
-    WildcardSocket,
-    bind_udp,
-)
+from relay.net.udp import READ_BUDGET, UdpDestination, UdpSocket, bind_udp
 
 COUNT: Final = READ_BUDGET
 ROUNDS: Final = {"rounds": 500, "warmup_rounds": 5}
 
-every_kind = pytest.mark.parametrize("kind", ["relay", "bound", "wildcard"])
+every_kind = pytest.mark.parametrize("kind", ["port", "bound", "wildcard"])
 every_size = pytest.mark.parametrize("size", [160, 1200])
 
 
 def test_wake_up(benchmark: BenchmarkFixture, ends: "Ends") -> None:
-    """A turn of the reactor for one readable socket, whose handler does nothing."""
+    """An iteration of the reactor for one readable socket, whose handler does nothing."""
     reactor = Reactor()
     reactor.register(ends.outside, lambda: None)
     ends.sends_to(ends.outside.getsockname(), 1, 160)
-    benchmark(reactor.turn)
+    benchmark(reactor.iterate)
     reactor.close()
 
 
@@ -47,7 +42,7 @@ def test_read_single_datagrams(
 ) -> None:
     sock = ends.opens(kind, offload=False)
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        ends.turn_of(sock), setup=partial(ends.sends, COUNT, size), **ROUNDS
+        sock.on_readable, setup=partial(ends.sends, COUNT, size), **ROUNDS
     )
     assert ends.reads == {1}
 
@@ -58,10 +53,10 @@ def test_read_a_train(benchmark: BenchmarkFixture, ends: "Ends", kind: str, size
     """One read, and another one to see that there is no more."""
     sock = ends.opens(kind)
     ends.sends(COUNT, size)  # as nobody expects trains before a burst
-    ends.turn_of(sock)()
+    sock.on_readable()
     ends.reads.clear()
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        ends.turn_of(sock), setup=partial(ends.sends_train, COUNT, size), **ROUNDS
+        sock.on_readable, setup=partial(ends.sends_train, COUNT, size), **ROUNDS
     )
     assert ends.reads == {COUNT}
 
@@ -71,12 +66,12 @@ def test_read_a_train(benchmark: BenchmarkFixture, ends: "Ends", kind: str, size
 def test_send_single_datagrams(
     benchmark: BenchmarkFixture, ends: "Ends", kind: str, size: int
 ) -> None:
-    sock, to = ends.opens(kind), ends.address_for(kind)
+    outside = ends.reaches_outside(kind)
     datagram = memoryview(bytes(size))
 
     def send() -> None:
         for _ in range(COUNT):
-            sock.send(datagram, to)
+            outside.send(datagram)
 
     benchmark.pedantic(send, setup=ends.drain, **ROUNDS)  # type: ignore[no-untyped-call]
 
@@ -85,10 +80,10 @@ def test_send_single_datagrams(
 @every_size
 def test_send_a_train(benchmark: BenchmarkFixture, ends: "Ends", kind: str, size: int) -> None:
     """To someone who reads it one by one."""
-    sock, to = ends.opens(kind), ends.address_for(kind)
+    outside = ends.reaches_outside(kind)
     pieces: list[memoryview | bytes] = [memoryview(bytes(size))] * COUNT
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        partial(sock.send_train, pieces, 1, size, to), setup=ends.drain, **ROUNDS
+        partial(outside.send_many, pieces, 1, size), setup=ends.drain, **ROUNDS
     )
 
 
@@ -101,29 +96,24 @@ class Ends:
         self.outside = stack.enter_context(bind_udp("127.0.0.1", 0, 4 << 20))
         self.reads: set[int] = set()  # how many datagrams were read at once
 
-    def opens(self, kind: str, *, offload: bool = True) -> Any:  # noqa: ANN401
+    def opens(self, kind: str, *, offload: bool = True) -> UdpSocket:
         """Open a socket to be measured."""
         host = "0.0.0.0" if kind == "wildcard" else "127.0.0.1"
         sock = self._stack.enter_context(bind_udp(host, 0, 4 << 20))
         self._address = ("127.0.0.1", sock.getsockname()[1])
-        wanted = Offload(wanted=offload)
-        if kind == "relay":
-            reactor = Reactor()
-            self._stack.callback(reactor.close)
-            return RelaySocket(sock, self._buffer, fail, wanted, reactor)
-        kinds = {"bound": ListeningSocket, "wildcard": WildcardSocket}
-        return kinds[kind](sock, self._buffer, fail, wanted)
+        kinds: dict[str, type[UdpSocket]] = {
+            "port": UdpSocket,
+            "bound": ListeningSocket,
+            "wildcard": WildcardSocket,
+        }
+        return kinds[kind](sock, self._buffer, fail, Offload(wanted=offload), self)
 
-    def address_for(self, kind: str) -> tuple[Any, ...]:
-        """Return that of the socket outside, as the socket to be measured names it."""
-        address: tuple[str, int] = self.outside.getsockname()
-        if kind == "relay":
-            return address
-        return address, bytes([127, 0, 0, 1]) if kind == "wildcard" else b""
-
-    def turn_of(self, sock: Any) -> Callable[[], None]:  # noqa: ANN401
-        """Return what reads the socket that was opened."""
-        return partial(sock.receive, self._on_datagram, self._on_train)
+    def reaches_outside(self, kind: str) -> UdpDestination:
+        """Open a socket to be measured, and return how it reaches the one outside."""
+        sock, address = self.opens(kind), self.outside.getsockname()
+        if kind == "port":
+            return sock.reach(address)
+        return sock.reach((address, bytes([127, 0, 0, 1]) if kind == "wildcard" else b""))
 
     def sends(self, count: int, size: int) -> None:
         """Send single datagrams to the socket that was opened."""
@@ -147,10 +137,12 @@ class Ends:
         except BlockingIOError:
             pass
 
-    def _on_datagram(self, _size: int, _source: object) -> None:
+    def on_datagram(self, _size: int, _source: object) -> None:
+        """Note a single datagram."""
         self.reads.add(1)
 
-    def _on_train(self, size: int, segment: int, _source: object) -> int:
+    def on_segments(self, size: int, segment: int, _source: object) -> int:
+        """Note how many came at once."""
         self.reads.add(size // segment)
         return 0
 

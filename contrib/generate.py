@@ -15,10 +15,12 @@ from typing import Final
 
 from prometheus_client.metrics_core import Metric
 
-from relay.cli import build_parser
+from relay.assembly import MAX_CHANNELS
 from relay.config.options import DEFAULT_FILE, OPTIONS, Option
-from relay.daemon import MAX_CHANNELS, WELCOME_LIFETIME
-from relay.net.udp import LISTEN_BUFFER, RELAY_BUFFER
+from relay.config.reading import build_parser
+from relay.daemon import CREDENTIAL_LIFETIME
+from relay.net.listening import LISTEN_BUFFER
+from relay.net.udp import PORT_BUFFER
 from relay.observe.counters import Counters
 from relay.observe.exposition import STUCK_AFTER, RelayCollector, Status
 from relay.observe.logratelimit import BURST, BURST_OF_ALL, INTERVAL
@@ -110,10 +112,10 @@ def _manual_page(parser: ArgumentParser) -> str:
         "auth-failures": _enumeration(failure.value for failure in AuthFailure),
         "not-public": "\n".join(_prefix_lines()),
         "realm": REALM,
-        "welcome-hours": str(WELCOME_LIFETIME // 3600),
+        "welcome-hours": str(CREDENTIAL_LIFETIME // 3600),
         "max-channels": f"{MAX_CHANNELS:,}",
         "listen-buffer": str(LISTEN_BUFFER >> 20),
-        "relay-buffer": str(RELAY_BUFFER >> 10),
+        "relay-buffer": str(PORT_BUFFER >> 10),
         "rate-burst": f"{ratelimit.BURST:g}",
         "stuck-after": f"{STUCK_AFTER:g}",
         "brake-burst": str(BURST),
@@ -161,17 +163,16 @@ def _metric_lines() -> Iterator[str]:
         not_ready=None,
         stuck_for=0.0,
         loop_lag=0.0,
+        slow_iterations=0,
         allocations=0,
         channels=0,
         portal_connected=True,
         portal_reconnects=0,
         responses={("method", "code"): 1},
-        auth_failures={},
-        counters=Counters(),
+        auth_failures={"reason": 0},
+        counters=Counters(["reason"]),
     )
-    collector = RelayCollector(
-        lambda: quiet, version="", drop_reasons=["reason"], auth_failure_reasons=["reason"]
-    )
+    collector = RelayCollector(lambda: quiet, version="")
     for metric in collector.collect():
         yield f".It {_signature(metric)}"
         yield from _prose(metric.documentation)

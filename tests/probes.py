@@ -14,6 +14,7 @@ QUIET = Status(
     not_ready=None,
     stuck_for=0.0,
     loop_lag=0.0,
+    slow_iterations=0,
     allocations=0,
     channels=0,
     portal_connected=None,

@@ -16,9 +16,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self, TypeVar
 
-from relay.datapath.forwarder import LARGEST_DATAGRAM, Forwarder, Pieces
+from relay.datapath.datapath import DataPath
+from relay.datapath.destination import Pieces, Workspace
+from relay.net.udp import Receiver
 from relay.observe.counters import Counters
 from relay.stun import integrity
 from relay.stun.address import Address, family_of
@@ -29,7 +32,8 @@ from relay.turn.auth import REALM, Authenticator, mint
 from relay.turn.channeldata import HEADER, HEADER_SIZE, RFC8656_NUMBERS
 from relay.turn.commands import ClientAddress, PeerAddress
 from relay.turn.peers import PeerPolicy
-from relay.turn.server import Server, Settings
+from relay.turn.server import Server
+from relay.turn.settings import Settings
 from relay.turn.timerwheel import TimerWheel
 
 T = TypeVar("T")
@@ -93,19 +97,19 @@ class Scenario:
             randbelow=rng.randrange,
             now=self.time.now,
         )
-        self._buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
-        self.forwarder = Forwarder(
+        workspace = Workspace(self.counters)
+        self._buffer = workspace.buffer
+        self.datapath = DataPath(
             self.server,
-            buffer=self._buffer,
-            listeners=dict.fromkeys(Family, self.network),
-            open_port=self.network.open_port,
+            workspace,
+            reach_client=self.network.reach_client,
+            open_socket=self.network.open_socket,
             public_hosts=public_hosts,
             relay_ports=ports,
             channel_numbers=channel_numbers,
             timers=self.time,
             unix_clock=lambda: self.time.now - START + UNIX_START,
             is_relay_host=lambda host: host in public_hosts.values(),
-            counters=self.counters,
         )
 
     def client(self, address: str, user: str = "") -> "Client":
@@ -132,23 +136,25 @@ class Scenario:
 
     def receives_from_client(self, datagram: bytes, client: ClientAddress) -> None:
         self._buffer[: len(datagram)] = datagram
-        self.forwarder.on_client_datagram(len(datagram), client)
+        self.datapath.clients.on_datagram(len(datagram), client)
         self.server.check()
 
-    def receives_train_from_client(self, train: bytes, segment: int, client: ClientAddress) -> None:
+    def receives_segments_from_client(
+        self, train: bytes, segment: int, client: ClientAddress
+    ) -> None:
         """Receive datagrams of *segment* bytes, the last perhaps shorter, in one read."""
         self._buffer[: len(train)] = train
-        self.forwarder.on_client_train(len(train), segment, client)
+        self.datapath.clients.on_segments(len(train), segment, client)
         self.server.check()
 
-    def receives_train_from_peer(
+    def receives_segments_from_peer(
         self, train: bytes, segment: int, peer: PeerAddress, to: Address
     ) -> None:
         host, port = to
         sock = self.network.sockets.get((family_of(host), port))
         if sock is not None:
             self._buffer[HEADER_SIZE : HEADER_SIZE + len(train)] = train
-            sock.on_train(len(train), segment, peer)
+            sock.receiver.on_segments(len(train), segment, peer)
 
     def receives_from_peer(self, datagram: bytes, peer: PeerAddress, to: Address) -> None:
         host, port = to
@@ -156,7 +162,7 @@ class Scenario:
         sock = self.network.sockets.get((family_of(host), port))
         if sock is not None:  # else the kernel has nobody to give it to
             self._buffer[HEADER_SIZE : HEADER_SIZE + len(datagram)] = datagram
-            sock.on_datagram(len(datagram), peer)
+            sock.receiver.on_datagram(len(datagram), peer)
 
     def drain(self) -> None:
         self.server.drain()
@@ -166,7 +172,7 @@ class Scenario:
         self.server.change_settings(self.settings)
 
     def changes_peers(self, allow: Iterable[str] = DOCUMENTATION, deny: Iterable[str] = ()) -> None:
-        self.forwarder.change_peer_policy(_peer_policy(allow, deny))
+        self.datapath.control.change_peer_policy(_peer_policy(allow, deny))
         self.server.check()
 
 
@@ -389,43 +395,18 @@ class Network:
         self.occupied: set[tuple[Family, int]] = set()  # held by other processes
         self.failure: int | None = None  # an errno with which every open fails
         self.is_full = False  # takes no datagram
-        self.takes = 1000  # at most this many datagrams of a train
-        self.trains: list[int] = []  # how many datagrams were sent at once
+        self.takes = 1000  # at most this many datagrams at once
+        self.at_once: list[int] = []  # how many datagrams were sent in each call
 
-    def send(self, datagram: memoryview | bytes, to: ClientAddress) -> bool:
-        if self.is_full:
-            return False
-        self.sent.append(ToClient(to, bytes(datagram)))
-        return True
+    def reach_client(self, client: ClientAddress) -> "FakeDestination":
+        return FakeDestination(self, partial(ToClient, client))
 
-    def send_train(self, pieces: Pieces, each: int, size: int, to: ClientAddress) -> int:
-        datagrams = self.cut(pieces, each, size)
-        self.sent += [ToClient(to, datagram) for datagram in datagrams]
-        return len(datagrams)
-
-    def cut(self, pieces: Pieces, each: int, size: int) -> list[bytes]:
-        """Cut a train as UDP_SEGMENT does: it knows nothing of pieces."""
-        if self.is_full or self.takes == 0:
-            return []
-        joined = b"".join(pieces)
-        datagrams = [joined[start : start + size] for start in range(0, len(joined), size)]
-        assert len(datagrams) * each == len(pieces)
-        del datagrams[self.takes :]
-        self.trains.append(len(datagrams))
-        return datagrams
-
-    def open_port(
-        self,
-        family: Family,
-        port: int,
-        on_datagram: Callable[[int, PeerAddress], None],
-        on_train: Callable[[int, int, PeerAddress], int],
-    ) -> "FakeSocket":
+    def open_socket(self, family: Family, port: int, receiver: Receiver) -> "FakeSocket":
         if self.failure is not None:
             raise OSError(self.failure, "as the test wants it")
         if (family, port) in self.occupied or (family, port) in self.sockets:
             raise OSError(errno.EADDRINUSE, "Address already in use")
-        sock = self.sockets[family, port] = FakeSocket(self, family, port, on_datagram, on_train)
+        sock = self.sockets[family, port] = FakeSocket(self, family, port, receiver)
         self.opened.append(port)
         return sock
 
@@ -433,37 +414,49 @@ class Network:
 class FakeSocket:
     """One relay port in one family."""
 
-    def __init__(
-        self,
-        network: Network,
-        family: Family,
-        port: int,
-        on_datagram: Callable[[int, PeerAddress], None],
-        on_train: Callable[[int, int, PeerAddress], int],
-    ) -> None:
+    def __init__(self, network: Network, family: Family, port: int, receiver: Receiver) -> None:
         self._network = network
         self._family = family
         self._port = port
-        self.on_datagram = on_datagram
-        self.on_train = on_train
+        self.receiver = receiver
 
-    def send(self, datagram: memoryview, to: PeerAddress) -> bool:
-        assert family_of(to[0]) is self._family
-        assert self._network.sockets[self._family, self._port] is self
-        if self._network.is_full:
-            return False
-        self._network.sent.append(ToPeer(self._port, to, bytes(datagram)))
-        return True
-
-    def send_train(self, pieces: Pieces, each: int, size: int, to: PeerAddress) -> int:
-        assert family_of(to[0]) is self._family
-        assert self._network.sockets[self._family, self._port] is self
-        datagrams = self._network.cut(pieces, each, size)
-        self._network.sent += [ToPeer(self._port, to, datagram) for datagram in datagrams]
-        return len(datagrams)
+    def reach(self, peer: PeerAddress) -> "FakeDestination":
+        assert family_of(peer[0]) is self._family
+        return FakeDestination(self._network, partial(self._to_peer, peer))
 
     def close(self) -> None:
         assert self._network.sockets.pop((self._family, self._port)) is self
+
+    def _to_peer(self, peer: PeerAddress, payload: bytes) -> "ToPeer":
+        assert self._network.sockets[self._family, self._port] is self
+        return ToPeer(self._port, peer, payload)
+
+
+class FakeDestination:
+    """Whoever is sent to: what arrives there is remembered."""
+
+    def __init__(self, network: Network, arrive: "Callable[[bytes], ToClient | ToPeer]") -> None:
+        self._network = network
+        self._arrive = arrive
+
+    def send(self, datagram: memoryview | bytes) -> bool:
+        if self._network.is_full:
+            return False
+        self._network.sent.append(self._arrive(bytes(datagram)))
+        return True
+
+    def send_many(self, pieces: Pieces, each: int, size: int) -> int:
+        """Cut as UDP_SEGMENT does: it knows nothing of pieces."""
+        network = self._network
+        if network.is_full or network.takes == 0:
+            return 0
+        joined = b"".join(pieces)
+        datagrams = [joined[start : start + size] for start in range(0, len(joined), size)]
+        assert len(datagrams) * each == len(pieces)
+        del datagrams[network.takes :]
+        network.at_once.append(len(datagrams))
+        network.sent += map(self._arrive, datagrams)
+        return len(datagrams)
 
 
 def _peer_policy(allow: Iterable[str], deny: Iterable[str]) -> PeerPolicy:

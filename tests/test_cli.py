@@ -18,9 +18,11 @@ from typing import Any, Final
 
 import pytest
 
-from relay.cli import Command, main, read, reread
+from relay.cli import main
+from relay.config.files import LONGEST_FILE
 from relay.config.model import ConfigError
-from relay.config.options import LONGEST_FILE, OPTIONS, Option
+from relay.config.options import OPTIONS, Option
+from relay.config.reading import Command, read, reread
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
 from relay.version import __version__
 from tests.process import RelayProcess, free_port, run
@@ -282,7 +284,7 @@ def test_a_default_file_in_a_closed_directory_is_not_absent(
     cli: "Cli", monkeypatch: pytest.MonkeyPatch, closed: Path
 ) -> None:
     """Or its rules would go unnoticed."""
-    monkeypatch.setattr("relay.cli.DEFAULT_FILE", str(closed / "relay.conf"))
+    monkeypatch.setattr("relay.config.reading.DEFAULT_FILE", str(closed / "relay.conf"))
 
     with unprivileged():
         complaint = cli.refuses(78, PUBLIC_IP4_ADDR="192.0.2.1")
@@ -603,7 +605,7 @@ def test_a_pipe_is_not_waited_for_for_ever(
     *,
     begun: bool,
 ) -> None:
-    monkeypatch.setattr("relay.config.options.PATIENCE", 0.0)
+    monkeypatch.setattr("relay.config.files.PATIENCE", 0.0)
     content, _, value = KINDS[kind]
     path = tmp_path / "pipe"
     os.mkfifo(path)
@@ -706,7 +708,7 @@ def test_a_default_file_that_may_be_looked_at_no_longer_is_an_error(
     monkeypatch: pytest.MonkeyPatch, closed: Path
 ) -> None:
     file = closed / "relay.conf"
-    monkeypatch.setattr("relay.cli.DEFAULT_FILE", str(file))
+    monkeypatch.setattr("relay.config.reading.DEFAULT_FILE", str(file))
     closed.chmod(0o700)
     file.write_text("deny-peer = 192.0.2.0/24\n")
     variables = {"PUBLIC_IP4_ADDR": "192.0.2.1"}
@@ -1182,7 +1184,7 @@ def place(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let the default file be one that does not exist yet."""
     path = tmp_path / "default.conf"
-    monkeypatch.setattr("relay.cli.DEFAULT_FILE", str(path))
+    monkeypatch.setattr("relay.config.reading.DEFAULT_FILE", str(path))
     return path
 
 
@@ -1223,8 +1225,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return what sets which source address each family has a route for, and what is local."""
 
     def install(routes: dict[int, str] | None = None, local: set[str] | None = None) -> None:
-        monkeypatch.setattr("relay.cli.outward_address", (routes or {}).get)
-        monkeypatch.setattr("relay.cli.is_local", (local or set()).__contains__)
+        monkeypatch.setattr("relay.config.reading.outward_address", (routes or {}).get)
+        monkeypatch.setattr("relay.config.reading.is_local", (local or set()).__contains__)
 
     return install
 

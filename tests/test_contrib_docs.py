@@ -14,8 +14,8 @@ from typing import Final
 import pytest
 
 from contrib.generate import HERE, choices, generated
-from relay.cli import build_parser
 from relay.config.options import OPTIONS, Option
+from relay.config.reading import build_parser
 from relay.daemon import CAUGHT
 
 ROOT: Final = HERE.parent

@@ -13,9 +13,9 @@ import pytest
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from relay.assembly import KNOWN_AUTH_FAILURES, KNOWN_DROPS
 from relay.observe.counters import Counters
 from relay.observe.exposition import RelayCollector
-from relay.observe.monitor import AUTH_FAILURE_REASONS, DROP_REASONS
 from relay.stun.const import ErrorCode, Method
 from tests.probes import QUIET
 
@@ -37,23 +37,17 @@ class Use(NamedTuple):
 def exported() -> dict[str, Labels]:
     """Return what a relay with a portal exports after a while, by the names of the samples."""
     codes = ["success", *(str(code.value) for code in ErrorCode)]
-    counters = Counters()
+    counters = Counters(KNOWN_DROPS)
     counters.lost("receive_econnrefused")
     status = replace(
         QUIET,
         portal_connected=True,
         responses={(method.name.lower(), code): 1 for method in Method for code in codes},
+        auth_failures=dict.fromkeys(KNOWN_AUTH_FAILURES, 0),
         counters=counters,
     )
     registry = CollectorRegistry()
-    registry.register(
-        RelayCollector(
-            lambda: status,
-            version="1.2.3",
-            drop_reasons=DROP_REASONS,
-            auth_failure_reasons=AUTH_FAILURE_REASONS,
-        )
-    )
+    registry.register(RelayCollector(lambda: status, version="1.2.3"))
     ProcessCollector(registry=registry)
     of_prometheus: Labels = {"job": set(), "instance": set()}  # it adds these to each
     found: dict[str, Labels] = {"up": {**of_prometheus}}

@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from relay.cli import read
+from relay.assembly import HTTP_DESCRIPTORS, SPARE_DESCRIPTORS
 from relay.config.options import DEFAULT_FILE, OPTIONS
-from relay.daemon import HTTP_DESCRIPTORS, SPARE_DESCRIPTORS
-from relay.host.listening import ACTIVATED
-from relay.net.udp import LISTEN_BUFFER
+from relay.config.reading import read
+from relay.host.inherited import ACTIVATED
+from relay.net.listening import LISTEN_BUFFER
 
 ROOT = Path(__file__).parent.parent
 SYSTEMD = ROOT / "contrib/systemd"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from relay.net.buffers import log_buffers, set_buffers
-from relay.net.udp import LISTEN_BUFFER, RELAY_BUFFER
+from relay.net.listening import LISTEN_BUFFER
+from relay.net.udp import PORT_BUFFER
 from tests.process import RelayProcess, free_port
 from tests.turnclient import TurnClient
 
@@ -78,7 +79,7 @@ def test_a_relay_without_privileges_says_what_it_got() -> None:
     for whose, size in (
         ("the socket for clients on 0.0.0.0", LISTEN_BUFFER),
         ("the socket for clients on ::", LISTEN_BUFFER),
-        ("each relay port", RELAY_BUFFER),
+        ("each relay port", PORT_BUFFER),
     ):
         read, send = (min(size, limit(name)) for name in ("rmem_max", "wmem_max"))
         assert log.count(f"{whose}: the kernel queues {read} bytes to read, {send} to send") == 1

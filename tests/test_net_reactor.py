@@ -1,4 +1,4 @@
-"""The event loop, on real descriptors, one turn at a time."""
+"""The event loop, on real descriptors, one iteration at a time."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
 from relay.net.signals import Signals
-from relay.net.udp import LONE_READS, READ_BUDGET, RelaySocket, bind_udp
+from relay.net.udp import LONE_READS, READ_BUDGET, PortSocket, bind_udp
 
 
 class Clock:
@@ -43,27 +43,25 @@ def reactor(clock: Clock, bugs: list[Exception]) -> Iterator[Reactor]:
     reactor.close()
 
 
-def _no_train(*_: object) -> int:
-    raise AssertionError("a train")
-
-
 class Inbox:
     """A relay port on loopback, and what came in through it."""
 
     def __init__(self, reactor: Reactor) -> None:
         self.sock = bind_udp("127.0.0.1", 0, 4 << 20)
         self._buffer = bytearray(65536)
-        self._socket = RelaySocket(
-            self.sock, memoryview(self._buffer), self.lost, Offload(wanted=False), reactor
+        self._socket = PortSocket(
+            self.sock, memoryview(self._buffer), self.lost, Offload(wanted=False), self, reactor
         )
         self.received: list[bytes] = []
         self.losses: list[str] = []
         self._outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._outside.connect(self.sock.getsockname())
-        reactor.register(self.sock, partial(self._socket.receive, self.take, _no_train))
 
-    def take(self, size: int, _source: object) -> None:
+    def on_datagram(self, size: int, _source: object) -> None:
         self.received.append(bytes(self._buffer[:size]))
+
+    def on_segments(self, *_: object) -> int:
+        raise AssertionError("segments")
 
     def lost(self, name: str) -> None:
         self.losses.append(name)
@@ -93,24 +91,24 @@ def cold(reactor: Reactor) -> Iterator[Inbox]:
 
 def test_a_burst_is_read_in_portions_and_in_order(reactor: Reactor, hot: Inbox) -> None:
     hot.is_sent(200)
-    reactor.turn()
+    reactor.iterate()
     assert len(hot.received) == READ_BUDGET
 
     while len(hot.received) < 200:
-        reactor.turn()
+        reactor.iterate()
     assert hot.received == [b"%d" % number for number in range(200)]
     assert hot.losses == []
 
 
 def test_after_a_lone_datagram_a_few_are_read_one_by_one(reactor: Reactor, hot: Inbox) -> None:
     hot.is_sent(1)
-    reactor.turn()
+    reactor.iterate()
     hot.is_sent(200)
     for _ in range(LONE_READS):
-        reactor.turn()
+        reactor.iterate()
     assert len(hot.received) == 1 + LONE_READS
 
-    reactor.turn()
+    reactor.iterate()
     assert len(hot.received) == 1 + LONE_READS + READ_BUDGET
 
 
@@ -119,7 +117,7 @@ def test_a_hot_socket_does_not_keep_a_cold_one_waiting(
 ) -> None:
     hot.is_sent(10 * READ_BUDGET)
     cold.is_sent(1)
-    reactor.turn()
+    reactor.iterate()
 
     assert len(cold.received) == 1
     assert len(hot.received) == READ_BUDGET
@@ -129,12 +127,12 @@ def test_a_flood_does_not_keep_a_timer_waiting(reactor: Reactor, clock: Clock, h
     at: list[int] = []
     reactor.call_at(clock.now + 1, lambda: at.append(len(hot.received)))
     hot.is_sent(10 * READ_BUDGET)
-    reactor.turn()
+    reactor.iterate()
     assert at == []
 
     clock.now += 1
-    reactor.turn()
-    assert at == [READ_BUDGET]  # before this turn's portion of the flood
+    reactor.iterate()
+    assert at == [READ_BUDGET]  # before this iteration's portion of the flood
 
 
 def test_timers_come_in_order_and_once(reactor: Reactor, clock: Clock) -> None:
@@ -143,7 +141,7 @@ def test_timers_come_in_order_and_once(reactor: Reactor, clock: Clock) -> None:
     reactor.call_later(1, lambda: called.append("first"))
     reactor.call_at(clock.now + 3, partial(called.append, "never"))
     clock.now += 2.5
-    reactor.turn()
+    reactor.iterate()
 
     assert called == ["first", "second"]
 
@@ -151,7 +149,7 @@ def test_timers_come_in_order_and_once(reactor: Reactor, clock: Clock) -> None:
 def test_a_deadline_in_the_past_is_due_at_once(reactor: Reactor, clock: Clock) -> None:
     called: list[int] = []
     reactor.call_at(clock.now - 1000, lambda: called.append(1))
-    reactor.turn()
+    reactor.iterate()
 
     assert called == [1]
 
@@ -174,8 +172,8 @@ def test_a_timer_can_be_moved_and_cancelled(reactor: Reactor, clock: Clock) -> N
     for _ in range(5):
         clock.now += 1
         if clock.now < 104:
-            reactor.call_at(clock.now, lambda: None)  # so that the turn does not wait
-        reactor.turn()
+            reactor.call_at(clock.now, lambda: None)  # so that the iteration does not wait
+        reactor.iterate()
 
     assert called == [105.0]
 
@@ -196,7 +194,7 @@ def test_a_failing_handler_is_reported_and_the_rest_is_served(
     hot.is_sent(1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outside:
         outside.sendto(b"x", broken.getsockname())
-    reactor.turn()
+    reactor.iterate()
     reactor.retire(broken)
 
     assert bugs == [error, error]
@@ -217,7 +215,7 @@ def test_a_socket_retired_in_a_batch_is_not_served_in_it(reactor: Reactor, clock
     reactor.call_at(clock.now, retire)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outside:
         outside.sendto(b"x", sock.getsockname())
-    reactor.turn()
+    reactor.iterate()
 
     assert served == []
     assert open_during_batch == [True]
@@ -241,7 +239,7 @@ def test_mail_wakes_the_loop_from_another_thread(reactor: Reactor) -> None:
     sender = threading.Thread(target=mailbox.post, args=(7,))
     sender.start()
     while not got:
-        reactor.turn()
+        reactor.iterate()
     sender.join()
 
     assert got == [7]
@@ -261,7 +259,7 @@ def test_no_mail_is_lost_or_reordered_between_threads(reactor: Reactor) -> None:
     for thread in threads:
         thread.start()
     while len(got) < 2000:
-        reactor.turn()  # hangs if a wake-up gets lost
+        reactor.iterate()  # hangs if a wake-up gets lost
     for thread in threads:
         thread.join()
 
@@ -282,8 +280,8 @@ def test_mail_behind_a_failing_item_is_delivered(reactor: Reactor, bugs: list[Ex
     reactor.register(mailbox, mailbox.deliver)
     for item in (0, 1, 2):
         mailbox.post(item)
-    reactor.turn()
-    reactor.turn()
+    reactor.iterate()
+    reactor.iterate()
 
     assert got == [0, 2]
     assert len(bugs) == 1
@@ -297,7 +295,7 @@ def test_signals_arrive_in_the_loop(reactor: Reactor) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR2)
         while len(got) < 2:
-            reactor.turn()
+            reactor.iterate()
         reactor.retire(signals)
 
     assert got == [signal.SIGUSR1, signal.SIGUSR2]
@@ -314,7 +312,7 @@ def test_a_storm_of_one_signal_counts_as_one(reactor: Reactor) -> None:
         reactor.register(signals, signals.deliver)
         for _ in range(100):
             os.kill(os.getpid(), signal.SIGUSR1)
-        reactor.turn()
+        reactor.iterate()
         reactor.retire(signals)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
@@ -327,34 +325,36 @@ def test_signals_held_back_until_they_can_be_handled_are_handled(reactor: Reacto
     os.kill(os.getpid(), signal.SIGUSR1)  # by default this would end the process
     with Signals((signal.SIGUSR1,), got.append) as signals:
         reactor.register(signals, signals.deliver)
-        reactor.turn()
+        reactor.iterate()
         reactor.retire(signals)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
     assert got == [signal.SIGUSR1]
 
 
-def test_the_longest_turn_is_remembered_for_two_minutes(reactor: Reactor, clock: Clock) -> None:
+def test_the_longest_iteration_is_remembered_for_two_minutes(
+    reactor: Reactor, clock: Clock
+) -> None:
     def take(seconds: float) -> None:
         def busy() -> None:
             assert reactor.awake_since == clock.now
             clock.now += seconds
 
         reactor.call_at(clock.now, busy)
-        reactor.turn()
+        reactor.iterate()
         assert reactor.awake_since is None
 
     for seconds in (0.05, 3.0, 1.0, 2.0, 0.0001):
         take(seconds)
-    assert reactor.longest_turn() == 3.0
-    assert reactor.slow_turns == 3
+    assert reactor.longest_iteration() == 3.0
+    assert reactor.slow_iterations == 3
 
     clock.now += 118
-    assert reactor.longest_turn() == 2.0
+    assert reactor.longest_iteration() == 2.0
     clock.now += 2.1
-    assert reactor.longest_turn() == 0.0
+    assert reactor.longest_iteration() == 0.0
     take(0.5)
-    assert reactor.longest_turn() == 0.5
+    assert reactor.longest_iteration() == 0.5
 
 
 def test_run_returns_when_stopped(reactor: Reactor, clock: Clock) -> None:

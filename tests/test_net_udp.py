@@ -4,15 +4,14 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from relay.net.addresses import is_local, local_addresses, outward_address
+from relay.net.listening import ListeningSocket, WildcardSocket, listen
 from relay.net.offload import Offload
-from relay.net.reactor import Reactor
-from relay.net.udp import ListeningSocket, RelaySocket, WildcardSocket, bind_udp, listen
+from relay.net.udp import UdpSocket, bind_udp
 
 OFF = Offload(wanted=False)
 ERRORS = [
@@ -55,12 +54,12 @@ class FailingSocket:
 def test_what_cannot_be_sent_is_counted_and_that_is_all(error: int) -> None:
     lost: list[str] = []
     sock: Any = FailingSocket(error)
-    reactor = Reactor()
-    RelaySocket(sock, memoryview(b""), lost.append, OFF, reactor).send(b"x", ("127.0.0.1", 9))
-    ListeningSocket(sock, memoryview(b""), lost.append, OFF).send(b"x", (("127.0.0.1", 9), b""))
-    wildcard = WildcardSocket(sock, memoryview(b""), lost.append, OFF)
-    wildcard.send(b"x", (("127.0.0.1", 9), b"\x7f\0\0\1"))
-    reactor.close()
+    address: Any = ("127.0.0.1", 9)
+    UdpSocket(sock, memoryview(b""), lost.append, OFF, Inbox()).reach(address).send(b"x")
+    listening = ListeningSocket(sock, memoryview(b""), lost.append, OFF, Inbox())
+    listening.reach((address, b"")).send(b"x")
+    wildcard = WildcardSocket(sock, memoryview(b""), lost.append, OFF, Inbox())
+    wildcard.reach((address, b"\x7f\0\0\1")).send(b"x")
 
     assert lost == [f"send_{errno.errorcode[error].lower()}"] * 3
 
@@ -81,30 +80,30 @@ def test_an_address_has_a_socket_of_its_own_but_its_clients_look_the_same(
 ) -> None:
     """As they do to the wildcard socket, which serves what the host has got later."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    beside = asks_and_is_answered(wildcard, address)
+    per_address = asks_and_is_answered(wildcard, address)
     sock = bind_udp(wildcard, 0, 65536)
-    alone = WildcardSocket(sock, memoryview(bytearray(100)), _unexpected, OFF)
-    clients: list[tuple[Any, bytes]] = []
+    inbox = Inbox()
+    alone = WildcardSocket(sock, memoryview(bytearray(100)), _unexpected, OFF, inbox)
     with socket.socket(family, socket.SOCK_DGRAM) as client:
         client.connect((address, alone.address[1]))
         client.send(b"ask")
-        alone.receive(lambda _, client: clients.append(client), _no_train)
-        assert clients[0][0] == client.getsockname()
+        alone.on_readable()
+        assert inbox.sources[0][0] == client.getsockname()
     alone.close()
 
-    assert clients[0][1] == beside[1] == socket.inet_pton(family, address)
+    assert inbox.sources[0][1] == per_address[1] == socket.inet_pton(family, address)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "127.0.0.9"])
 def test_nobody_else_can_bind_to_what_we_listen_on(address: str) -> None:
-    listener = listen("0.0.0.0", 0, memoryview(bytearray(100)), _unexpected, OFF)
+    listener = listen("0.0.0.0", 0, memoryview(bytearray(100)), _unexpected, OFF, Inbox())
     with pytest.raises(OSError, match="in use"):
         bind_udp(address, listener.address[1], 65536, reuse_port=True)
     listener.close()
 
 
 def test_closing_a_wildcard_socket_gives_back_the_port_at_all_addresses() -> None:
-    listener = listen("0.0.0.0", 0, memoryview(bytearray(100)), _unexpected, OFF)
+    listener = listen("0.0.0.0", 0, memoryview(bytearray(100)), _unexpected, OFF, Inbox())
     assert len(listener.sockets) > 1
     listener.close()
 
@@ -123,11 +122,11 @@ MANY = [f"127.0.0.{number}" for number in range(10, 99)]
 )
 def test_other_hosts_are_left_to_the_wildcard_socket(hosts: list[str], bound: list[str]) -> None:
     sock = bind_udp("0.0.0.0", 0, 65536)
-    listener = WildcardSocket(sock, memoryview(bytearray(100)), _unexpected, OFF)
-    listener.bind_beside(hosts)
+    listener = WildcardSocket(sock, memoryview(bytearray(100)), _unexpected, OFF, Inbox())
+    listener.bind_per_address(hosts)
 
     assert listener.sockets[0] is listener
-    assert [beside.address[0] for beside in listener.sockets[1:]] == bound
+    assert [one.address[0] for one in listener.sockets[1:]] == bound
     listener.close()
 
 
@@ -153,18 +152,14 @@ def test_a_port_cannot_be_bound_twice() -> None:
 
 
 def test_of_an_ipv6_peer_only_host_and_port_count() -> None:
-    buffer = bytearray(100)
-    reactor = Reactor()
-    sock = bind_udp("::1", 0, 65536)
-    relay_socket = RelaySocket(sock, memoryview(buffer), _unexpected, OFF, reactor)
-    sources: list[Any] = []
+    sock, inbox = bind_udp("::1", 0, 65536), Inbox()
+    udp_socket = UdpSocket(sock, memoryview(bytearray(100)), _unexpected, OFF, inbox)
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as peer:
         peer.bind(("::1", 0))
         peer.sendto(b"hi", sock.getsockname())
-        relay_socket.receive(lambda _, source: sources.append(source), _no_train)
-        assert sources == [peer.getsockname()[:2]]
-    sock.close()
-    reactor.close()
+        udp_socket.on_readable()
+        assert inbox.sources == [peer.getsockname()[:2]]
+    udp_socket.close()
 
 
 def test_what_the_kernel_knows_of_addresses() -> None:
@@ -181,9 +176,8 @@ def test_what_the_kernel_knows_of_addresses() -> None:
 def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
     """Send to *address* of a listening socket on *bind*; the answer must come from there."""
     buffer = bytearray(100)
-    listener = listen(bind, 0, memoryview(buffer), _unexpected, OFF)
-    clients: list[tuple[Any, bytes]] = []
-    take: Callable[[int, Any], None] = lambda _, client: clients.append(client)  # noqa: E731
+    inbox = Inbox()
+    listener = listen(bind, 0, memoryview(buffer), _unexpected, OFF, inbox)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as client:
         client.connect((address, listener.address[1]))  # hears from nobody else
@@ -191,17 +185,27 @@ def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
         client.send(b"ask")
         ready, _, _ = select.select(listener.sockets, [], [], 10)
         assert len(ready) == 1
-        ready[0].receive(take, _no_train)
+        ready[0].on_readable()
         assert bytes(buffer[:3]) == b"ask"
-        listener.send(b"answer", clients[0])
+        listener.reach(inbox.sources[0]).send(b"answer")
         assert client.recv(100) == b"answer"
     listener.close()
-    return clients[0]
+    client_and_local: tuple[Any, bytes] = inbox.sources[0]
+    return client_and_local
 
 
 def _unexpected(name: str) -> None:
     raise AssertionError(name)
 
 
-def _no_train(*_: object) -> int:
-    raise AssertionError("a train")
+class Inbox:
+    """Takes datagrams, and remembers where they came from."""
+
+    def __init__(self) -> None:
+        self.sources: list[Any] = []
+
+    def on_datagram(self, _size: int, source: Any) -> None:
+        self.sources.append(source)
+
+    def on_segments(self, *_: object) -> int:
+        raise AssertionError("segments")

@@ -23,17 +23,10 @@ class Relay:
     """A relay that is whatever the test says."""
 
     def __init__(self) -> None:
-        self.counters = Counters()
-        self.status = replace(QUIET, counters=self.counters)
+        self.counters = Counters(known_drops=("unbound_peer", "send_eagain"))
+        self.status = replace(QUIET, counters=self.counters, auth_failures={"stale_nonce": 0})
         self._registry = CollectorRegistry()
-        self._registry.register(
-            RelayCollector(
-                lambda: self.status,
-                version="1.2.3",
-                drop_reasons=("unbound_peer", "send_eagain"),
-                auth_failure_reasons=("stale_nonce",),
-            )
-        )
+        self._registry.register(RelayCollector(lambda: self.status, version="1.2.3"))
 
     def text(self) -> str:
         return generate_latest(self._registry).decode()
@@ -58,9 +51,10 @@ def relay() -> Relay:
 
 
 def test_state_of_the_relay_is_exported(relay: Relay) -> None:
-    relay.status = replace(relay.status, allocations=3, channels=5, loop_lag=0.25)
+    relay.status = replace(
+        relay.status, allocations=3, channels=5, loop_lag=0.25, slow_iterations=4
+    )
     relay.counters.bugs = 2
-    relay.counters.slow_turns = 4
 
     found = relay.scrape()
 

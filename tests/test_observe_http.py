@@ -151,7 +151,7 @@ def test_stuck_loop_is_neither_healthy_nor_ready(relay: Relay) -> None:
     health, ready = relay.answers("/healthz"), relay.answers("/readyz")
 
     assert (health.status, ready.status) == (503, 503)
-    assert health.body == "the loop has been busy with one turn for 6.5 s\n"
+    assert health.body == "the loop has been busy with one iteration for 6.5 s\n"
     assert json.loads(ready.body)["reason"] == health.body.rstrip()
 
 
@@ -387,13 +387,13 @@ def test_probes_are_answered_before_everything_else(
     with ExitStack() as clients:
         scrapers = [clients.enter_context(asks(turns, "/metrics")) for _ in range(5)]
         first = clients.enter_context(asks(turns, "/healthz"))
-        turns._server.turn()  # accepts them
-        turns._server.turn()
+        turns._server.serve_some()  # accepts them
+        turns._server.serve_some()
         assert answered([first, *scrapers]) == [first, scrapers[0]]
 
         second = clients.enter_context(asks(turns, "/readyz"))
-        turns._server.turn()
-        turns._server.turn()
+        turns._server.serve_some()
+        turns._server.serve_some()
         assert answered([second, *scrapers]) == [second, *scrapers[:3]]
 
 
@@ -404,11 +404,11 @@ def test_client_that_has_to_go_while_it_waits_for_its_answer_gets_none(
     monkeypatch.setattr(health, "MAX_CONNECTIONS", 2)
     with ExitStack() as clients:
         scrapers = [clients.enter_context(asks(turns, "/metrics")) for _ in range(2)]
-        turns._server.turn()
-        turns._server.turn()
+        turns._server.serve_some()
+        turns._server.serve_some()
         newcomers = [clients.enter_context(asks(turns, "/metrics")) for _ in range(2)]
-        turns._server.turn()
-        turns._server.turn()
+        turns._server.serve_some()
+        turns._server.serve_some()
 
         assert read_to_the_end(scrapers[0]).startswith(b"HTTP/1.1 200 ")
         assert read_to_the_end(scrapers[1]) == b""
@@ -445,8 +445,8 @@ def test_no_rest_follows_the_making_of_metrics(
 
 def test_time_to_make_metrics_is_known(turns: HealthServer) -> None:
     with asks(turns, "/metrics") as client:
-        turns._server.turn()
-        turns._server.turn()
+        turns._server.serve_some()
+        turns._server.serve_some()
 
         assert b"relay_build_info" in read_to_the_end(client)
     assert 0.0 < turns._pages.making_metrics <= time.thread_time()

@@ -18,8 +18,9 @@ from typing import Any, Final, Self
 
 import pytest
 
+from relay.config.parsing import log_levels
 from relay.observe.logratelimit import BURST
-from relay.observe.logs import LineHandler, configure, parse_levels, set_levels
+from relay.observe.logs import LineHandler, configure, set_levels
 
 DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
 EVERYTHING: Final = {"": DEBUG}
@@ -48,7 +49,7 @@ LEVELS = [
 
 @pytest.mark.parametrize(("text", "levels"), LEVELS)
 def test_levels_are_read(text: str, levels: dict[str, int]) -> None:
-    assert parse_levels(text) == levels
+    assert log_levels(text) == levels
 
 
 NO_LEVELS = [
@@ -73,7 +74,7 @@ NO_LEVELS = [
 @pytest.mark.parametrize(("text", "named"), NO_LEVELS)
 def test_what_is_no_level_is_refused_and_named(text: str, named: str) -> None:
     with pytest.raises(ValueError) as refusal:  # noqa: PT011 - the text is looked at below
-        parse_levels(text)
+        log_levels(text)
 
     assert named in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -81,7 +82,7 @@ def test_what_is_no_level_is_refused_and_named(text: str, named: str) -> None:
 
 @pytest.mark.parametrize("log_format", ["human", "json"])
 def test_each_logger_has_the_level_closest_to_it(logged: "Logged", log_format: str) -> None:
-    configure(log_format, parse_levels("warning,test.logs=info,test.logs.deep=error"))
+    configure(log_format, log_levels("warning,test.logs=info,test.logs.deep=error"))
 
     for name in ["test", "test.logs", "test.logs.deep", "test.logs.other"]:
         for level in [DEBUG, INFO, WARNING, ERROR]:
@@ -99,8 +100,8 @@ def test_each_logger_has_the_level_closest_to_it(logged: "Logged", log_format: s
 @pytest.mark.parametrize("log_format", ["human", "json"])
 def test_other_levels_are_set_while_it_runs(logged: "Logged", log_format: str) -> None:
     """A logger that is not named any more is as its parent is."""
-    configure(log_format, parse_levels("info,test.logs=error,test.logs.deep=debug"))
-    set_levels(parse_levels("warning,test.logs.deep=info"))
+    configure(log_format, log_levels("info,test.logs=error,test.logs.deep=debug"))
+    set_levels(log_levels("warning,test.logs.deep=info"))
 
     for name in ["test.logs", "test.logs.deep"]:
         for level in [DEBUG, INFO, WARNING, ERROR]:

@@ -138,7 +138,7 @@ def test_the_watchdog_is_fed_by_the_loop_and_by_nobody_else(manager: "Manager") 
         assert manager.heard_all() == []
         status, answer = ask(relay.http, "/readyz")
         assert status == 503
-        assert "busy with one turn" in json.loads(answer)["reason"]
+        assert "busy with one iteration" in json.loads(answer)["reason"]
 
         relay.goes_on()
         manager.hears("WATCHDOG=1")
@@ -546,9 +546,9 @@ BINDING = b"\x00\x01\x00\x00\x21\x12\xa4\x42twelve bytes"
 DRIVER_OF_DEFAULT = """
 from dataclasses import replace
 from relay.config.options import OPTIONS
-import relay.cli, relay.config.options
+import relay.cli, relay.config.reading
 changed = [replace(o, default="{address}") if o.name == "http-addr" else o for o in OPTIONS]
-relay.cli.OPTIONS = changed
+relay.config.reading.OPTIONS = changed
 import sys
 sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if not a.startswith("--http-addr"))]
 raise SystemExit(relay.cli.main())
@@ -558,7 +558,7 @@ raise SystemExit(relay.cli.main())
 STUCK = """
 import os, sys
 from relay.observe import exposition
-from relay.cli import read
+from relay.config.reading import read
 from relay.daemon import Daemon
 exposition.STUCK_AFTER = 0.5
 class Pipe:

@@ -8,7 +8,7 @@ import pytest
 
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
-from relay.turn.server import PORT_TRIES
+from relay.turn.allocate import PORT_TRIES
 from tests.scenario import (
     LISTEN_PORT,
     PUBLIC_IP4,

@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.turn.auth import NONCE_LIFETIME, REALM, Authenticator, password
+from relay.stun.attributes import Attr
+from relay.stun.const import UDP_PROTOCOL, Method
+from relay.turn.auth import NONCE_LIFETIME, REALM, REMEMBERED_KEYS, Authenticator, password
 from relay.turn.commands import ClientAddress
+from tests.scenario import Scenario
 
 SECRET = "4c98bf59c99b3e467ecd7cf9d6b3e5279645fca59be67bc5bb4af3cf653761ab"
 
@@ -234,3 +237,27 @@ def authenticator() -> Authenticator:
 
 def client(host: str = "192.0.2.10", port: int = 5000) -> ClientAddress:
     return ClientAddress(((host, port), b""))
+
+
+def test_keys_of_proven_users_are_remembered_and_not_too_many() -> None:
+    """The oldest goes first; nobody's key changes by being remembered or forgotten."""
+    ours = authenticator()
+    names = [f"1892160000:{number}" for number in range(REMEMBERED_KEYS + 10)]
+    for name in names:
+        key = ours.key(name)
+        assert key is not None
+        ours.remember(name, key)
+        ours.remember(name, key)
+
+    assert list(ours._remembered) == names[10:]
+    assert [ours.key(name) for name in names] == [authenticator().key(name) for name in names]
+
+
+def test_a_key_that_was_not_proven_is_not_remembered() -> None:
+    """Or a flood of invented usernames would push out those of clients."""
+    relay = Scenario()
+    honest, guessing = relay.client("192.0.2.10:5000").allocates(), relay.client("192.0.2.66:6000")
+    guessing.password = "guessed"
+    assert guessing.asks(Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL)).code == 401
+
+    assert list(relay.server._admission._authenticator._remembered) == [honest.username]

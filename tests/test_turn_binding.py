@@ -3,11 +3,20 @@
 import pytest
 
 from relay.stun.attributes import Attr, Attribute, Coding
-from relay.stun.const import Kind, Method
+from relay.stun.const import UDP_PROTOCOL, Kind, Method
 from relay.stun.message import Message
+from relay.turn.auth import REALM
 from relay.turn.channeldata import RFC5766_NUMBERS
 from relay.turn.commands import ClientAddress
-from tests.scenario import PUBLIC_IP4, PUBLIC_IP6, Scenario, channel_data, request
+from tests.scenario import (
+    PUBLIC_IP4,
+    PUBLIC_IP6,
+    Client,
+    Scenario,
+    Value,
+    channel_data,
+    request,
+)
 
 
 def test_binding_tells_the_client_its_own_address(relay: Scenario) -> None:
@@ -163,33 +172,95 @@ def _raw(attribute_type: int) -> Attribute[bytes]:
     return Attribute(attribute_type, "raw", Coding(lambda v, _: v, lambda v, _: v))
 
 
-@pytest.mark.parametrize("method", [Method.BINDING, Method.ALLOCATE, Method.CHANNEL_BIND])
-@pytest.mark.parametrize(
-    ("attribute_type", "value"),
-    [
-        pytest.param(0x0006, b"\xff", id="USERNAME is not UTF-8"),
-        pytest.param(0x0006, bytes(509), id="USERNAME too long"),
-        pytest.param(0x000C, b"\x3f\xff\0\0", id="CHANNEL-NUMBER below the range"),
-        pytest.param(0x000C, b"\x50\x00\0\0", id="CHANNEL-NUMBER above the range"),
-        pytest.param(0x000C, b"\x40\x00", id="CHANNEL-NUMBER of two bytes"),
-        pytest.param(0x000D, b"\0\0", id="LIFETIME of two bytes"),
-        pytest.param(0x0012, b"\0\x03\0\0\0\0\0\0", id="XOR-PEER-ADDRESS of unknown family"),
-        pytest.param(0x0012, b"\0\x01\0\0\0\0\0", id="XOR-PEER-ADDRESS of seven bytes"),
-        pytest.param(0x0012, b"\0\x02\0\0\0\0\0\0", id="IPv6 in four bytes"),
-        pytest.param(0x0017, b"\x03\0\0\0", id="REQUESTED-ADDRESS-FAMILY unknown"),
-        pytest.param(0x0019, b"\x11", id="REQUESTED-TRANSPORT of one byte"),
-        pytest.param(0x8000, b"\x00\0\0\0", id="ADDITIONAL-ADDRESS-FAMILY unknown"),
-        pytest.param(0x0008, bytes(19), id="MESSAGE-INTEGRITY of 19 bytes"),
-    ],
+# Each makes no sense, wherever it is read.
+NONSENSE = {
+    "USERNAME is not UTF-8": (0x0006, b"\xff"),
+    "USERNAME too long": (0x0006, bytes(509)),
+    "CHANNEL-NUMBER below the range": (0x000C, b"\x3f\xff\0\0"),
+    "CHANNEL-NUMBER above the range": (0x000C, b"\x50\x00\0\0"),
+    "CHANNEL-NUMBER of two bytes": (0x000C, b"\x40\x00"),
+    "LIFETIME of two bytes": (0x000D, b"\0\0"),
+    "XOR-PEER-ADDRESS of unknown family": (0x0012, b"\0\x03\0\0\0\0\0\0"),
+    "XOR-PEER-ADDRESS of seven bytes": (0x0012, b"\0\x01\0\0\0\0\0"),
+    "IPv6 in four bytes": (0x0012, b"\0\x02\0\0\0\0\0\0"),
+    "REALM is not UTF-8": (0x0014, b"\xff"),
+    "REQUESTED-ADDRESS-FAMILY unknown": (0x0017, b"\x03\0\0\0"),
+    "REQUESTED-TRANSPORT of one byte": (0x0019, b"\x11"),
+    "ADDITIONAL-ADDRESS-FAMILY unknown": (0x8000, b"\x00\0\0\0"),
+    "MESSAGE-INTEGRITY of 19 bytes": (0x0008, bytes(19)),
+    "SOFTWARE is not UTF-8": (0x8022, b"\xff"),
+    "SOFTWARE too long": (0x8022, bytes(764)),
+}
+READ_BY: dict[int, set[int]] = {
+    Method.BINDING: set(),
+    Method.ALLOCATE: {0x000D, 0x0017, 0x0019, 0x8000},
+    Method.REFRESH: {0x000D, 0x0017},
+    Method.CREATE_PERMISSION: {0x0012},
+    Method.CHANNEL_BIND: {0x000C, 0x0012},
+}
+READ_TO_AUTHENTICATE = {0x0006, 0x0008, 0x0014}
+
+every_method = pytest.mark.parametrize("method", READ_BY)
+every_nonsense = pytest.mark.parametrize(
+    ("attribute_type", "value"), NONSENSE.values(), ids=NONSENSE
 )
-def test_an_attribute_that_makes_no_sense_is_a_bad_request(
+
+
+@every_method
+@every_nonsense
+def test_what_a_method_reads_must_make_sense(
     relay: Scenario, method: Method, attribute_type: int, value: bytes
 ) -> None:
+    """400, once it is known who asks. What is not read decides nothing, whatever is in it."""
+    alice = relay.client("192.0.2.10:5000")
+    if method is not Method.ALLOCATE:
+        alice.allocates()
+    answer = alice.hears(
+        signed_with(alice, method, (_raw(attribute_type), value), USEFUL_TO[method])
+    )
+
+    is_read = attribute_type in READ_BY[method]
+    if method is not Method.BINDING:
+        is_read |= attribute_type in READ_TO_AUTHENTICATE
+    assert answer.code == (400 if is_read else None)
+
+
+@every_method
+@every_nonsense
+def test_before_a_client_is_known_its_attributes_decide_nothing(
+    relay: Scenario, method: Method, attribute_type: int, value: bytes
+) -> None:
+    """Without a signature it is 401 before anything else is looked at. RFC 8489 §9.2.4."""
     answer = relay.client("192.0.2.10:5000").hears(
         request(method, (_raw(attribute_type), value)).encode()
     )
 
-    assert answer.code == 400
+    if method is Method.BINDING:
+        assert answer.code is None
+    else:
+        assert answer.code == (400 if attribute_type == Attr.MESSAGE_INTEGRITY.type else 401)
+
+
+USEFUL_TO: dict[int, list[Value]] = {
+    Method.BINDING: [],
+    Method.ALLOCATE: [(Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL)],
+    Method.REFRESH: [],
+    Method.CREATE_PERMISSION: [(Attr.XOR_PEER_ADDRESS, ("198.51.100.7", 9000))],
+    Method.CHANNEL_BIND: [
+        (Attr.CHANNEL_NUMBER, 0x4000),
+        (Attr.XOR_PEER_ADDRESS, ("198.51.100.7", 9000)),
+    ],
+}
+
+
+def signed_with(client: Client, method: Method, first: Value, others: list[Value]) -> bytes:
+    """A request that would succeed but for its *first* attribute, if that is read."""
+    credentials: list[Value] = [
+        (Attr.USERNAME, client.username),
+        (Attr.REALM, REALM),
+        (Attr.NONCE, client.nonce),
+    ]
+    return request(method, first, *others, *credentials).encode(client.key)
 
 
 def test_unknown_attributes_of_a_binding_are_named(relay: Scenario) -> None:

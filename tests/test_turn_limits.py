@@ -5,8 +5,8 @@ import pytest
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
 from relay.turn.auth import AuthFailure, mint
+from relay.turn.channels import CHECKED_AT_ONCE
 from relay.turn.ratelimit import BURST
-from relay.turn.server import JUDGED_AT_ONCE
 from tests.scenario import (
     SECRET,
     UNIX_START,
@@ -313,7 +313,7 @@ def test_many_channels_are_judged_some_at_a_time() -> None:
 
     relay.changes_peers(deny=["198.51.100.7/32"])
 
-    assert relay.server.channels == 600 - JUDGED_AT_ONCE
+    assert relay.server.channels == 600 - CHECKED_AT_ONCE
     relay.passes(seconds=0)
     assert relay.server.channels == 0
 
@@ -326,7 +326,7 @@ def test_many_channels_of_one_allocation_are_judged_some_at_a_time() -> None:
 
     relay.changes_peers(deny=["198.51.100.7/32"])
 
-    assert relay.server.channels == 700 - JUDGED_AT_ONCE
+    assert relay.server.channels == 700 - CHECKED_AT_ONCE
     alice.refreshes(lifetime=0)
     relay.passes(seconds=0)
     assert relay.server.channels == 0

@@ -6,6 +6,7 @@ net.core.wmem_max, about 200 KiB unless someone raised it; CAP_NET_ADMIN gets pa
 
 import logging
 import socket
+from contextlib import suppress
 from typing import Final
 
 logger = logging.getLogger("relay.net.buffers")
@@ -31,6 +32,24 @@ def set_buffers(sock: socket.socket, size: int) -> None:
         try:
             sock.setsockopt(socket.SOL_SOCKET, forced, size)
         except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, plain, size)
+
+
+class BufferSetter:
+    """Gives many new sockets their queues, with as few system calls as that takes."""
+
+    def __init__(self) -> None:
+        self._may_force = True  # until the system says no: privileges do not come back
+
+    def set(self, sock: socket.socket, size: int) -> None:
+        """Ask for queues of *size* bytes for a socket that was just made."""
+        if self._may_force:
+            with suppress(PermissionError):
+                for _, forced, _ in _DIRECTIONS:
+                    sock.setsockopt(socket.SOL_SOCKET, forced, size)
+                return
+            self._may_force = False
+        for plain, _, _ in _DIRECTIONS:
             sock.setsockopt(socket.SOL_SOCKET, plain, size)
 
 

@@ -1,9 +1,10 @@
-"""Trains: many datagrams of one flow and one size in a single read, and in a single send.
+"""Segmentation offload: many datagrams of one flow and size in one read, and in one send.
 
 With UDP_GRO the kernel hands over up to 128 datagrams in one read, end to end, and tells how
-long each is; only the last may be shorter. With UDP_SEGMENT it cuts what one call sends into
-such datagrams. A train costs about as much as a few single datagrams, so it is what makes
-bulk traffic cheap. A kernel or device that refuses gets datagrams one by one instead.
+long each is; only the last may be shorter. With UDP_SEGMENT (GSO) it cuts what one call sends
+into such datagrams. It calls them *segments*; what lies in one read or send is a *train* of them.
+A train costs about as much as a few single datagrams, so it is what makes bulk traffic cheap. A
+kernel or device that refuses gets datagrams one by one instead.
 
 UDP_GRO is never switched off again: what the kernel had joined before would then be read as
 one datagram, and nothing would tell. Switching it on is safe at any time: what waits in the
@@ -27,8 +28,8 @@ _UDP_SEGMENT: Final = 103
 _UDP_GRO: Final = 104
 _MAX_SEGMENTS: Final = 64  # UDP_MAX_SEGMENTS, which newer kernels have doubled
 _MAX_BYTES: Final = 65507  # payload of the largest datagram over IPv4
-_TRIED_AFTER: Final = 256  # trains after a refusal until the next try
-_MOST_REFUSED: Final = 256  # hosts
+_TRIED_AFTER: Final = 256  # sends after a refusal until the next try
+_MAX_REFUSED: Final = 256  # hosts
 _NOT_REFUSED: Final = (0, 0)
 SEGMENT_ROOM: Final = socket.CMSG_SPACE(struct.calcsize("i"))
 _pack_size = struct.Struct("H").pack
@@ -37,15 +38,15 @@ ControlMessage = tuple[int, int, bytes]
 
 
 class Offload:
-    """Whether trains are wanted at all, and what was logged of those that were refused."""
+    """Whether offload is wanted at all, and what was logged of refusals."""
 
     def __init__(self, *, wanted: bool) -> None:
-        """Use trains where they are possible, if they are *wanted*."""
+        """Use it where it is possible, if it is *wanted*."""
         self.wanted = wanted
         self._logged: set[str] = set()
 
-    def receive_trains(self, sock: socket.socket) -> bool:
-        """Have the kernel hand over trains on *sock*; return whether it will."""
+    def enable_gro(self, sock: socket.socket) -> bool:
+        """Have the kernel hand over segments on *sock*; return whether it will."""
         if not self.wanted:
             return False
         try:
@@ -56,8 +57,8 @@ class Offload:
             return False
         return True
 
-    def reads_trains(self, sock: socket.socket) -> bool:
-        """Tell if the kernel hands over trains on *sock* already: systemd keeps what we set."""
+    def has_gro(self, sock: socket.socket) -> bool:
+        """Tell if the kernel hands over segments on *sock* already: systemd keeps what we set."""
         with suppress(OSError):  # a kernel that knows nothing of it
             return bool(sock.getsockopt(_SOL_UDP, _UDP_GRO))
         return False
@@ -70,19 +71,19 @@ class Offload:
 
 
 def segment_size(ancillary: list[ControlMessage]) -> int:
-    """Return how long each datagram of a train is, or 0 if what was read is a single one."""
+    """Return how long each segment of a read is, or 0 if what was read is a single datagram."""
     for level, kind, value in ancillary:
         if level == _SOL_UDP and kind == _UDP_GRO:
             return int.from_bytes(value, sys.byteorder)
     return 0
 
 
-class TrainSender:
-    """Sends trains from one socket, where the kernel takes them.
+class SegmentSender:
+    """Sends many datagrams at once from one socket, where the kernel takes them.
 
     A kernel or device that cannot is not asked again. How long datagrams may be depends on
     where they go to, and may change with routes and addresses, so that is remembered by host
-    and for some trains only.
+    and for some sends only.
     """
 
     __slots__ = ("_is_possible", "_offload", "_refused", "_sock")
@@ -92,7 +93,7 @@ class TrainSender:
         self._sock = sock
         self._offload = offload
         self._is_possible = offload.wanted
-        # By host: the size from which on it was refused, and how many trains not to try.
+        # By host: the size from which on it was refused, and how many sends not to try.
         self._refused: dict[str, tuple[int, int]] = {}
 
     def send(
@@ -103,7 +104,7 @@ class TrainSender:
         to: tuple[Any, ...],
         control: Iterable[ControlMessage] = (),
     ) -> int:
-        """Send a train; return how many of its datagrams the kernel took, from the first on.
+        """Send datagrams; return how many of them the kernel took, from the first on.
 
         Every *each* of the *pieces* make a datagram of *size* bytes; the last may be shorter,
         but not empty. What the kernel did not take can be sent one by one.
@@ -126,7 +127,7 @@ class TrainSender:
 
     def _refuse(self, host: str, size: int, error: OSError) -> None:
         """Do not try again soon what can be expected to fail again."""
-        if len(self._refused) >= _MOST_REFUSED:
+        if len(self._refused) >= _MAX_REFUSED:
             self._refused.clear()
         if error.errno in _TOO_LONG:
             self._refused[host] = (size, _TRIED_AFTER)
@@ -138,7 +139,7 @@ class TrainSender:
         elif error.errno in _NOT_SUPPORTED:
             self._is_possible = False
             self._offload.log_once("no UDP_SEGMENT (%s): sent one by one", error.strerror)
-        # Else it is a shortage, or no way to there: the next train may have more luck.
+        # Else it is a shortage, or no way to there: the next send may have more luck.
 
 
 # Longer than the device can send unfragmented. Of old kernels it is EINVAL.

@@ -1,10 +1,15 @@
 """The event loop: level-triggered epoll, timers, and nothing that can stall the rest.
 
-Each turn waits for sockets or the next deadline, serves the timers that are due, then
-each readable socket once. Handlers read a bounded number of datagrams
-(:data:`relay.net.udp.READ_BUDGET`) and return; epoll reports what they left, behind
+Each iteration waits for sockets or the next deadline, serves the timers that are due, then
+the sources that are readable. A handler reads a bounded number of datagrams
+(:data:`relay.net.udp.READ_BUDGET`) and returns; epoll reports what it left, behind
 whatever else became readable meanwhile, so neither a hot socket nor a flood keeps
 another socket or a timer waiting. With nothing to do the loop sleeps: it has no tick.
+
+All clients share one socket, and each of their allocations has one of its own. If all of
+them had the same budget, clients would get the less the more ports are busy. So a source can
+be registered to *come first*: it is served before the others, and, while it has more, again
+before each of them. Under overload it is then half of what is read that comes from there.
 
 Everything here runs in one thread. Other threads reach it through a
 :class:`relay.net.mailbox.Mailbox`, signals through :mod:`relay.net.signals`.
@@ -18,16 +23,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Protocol
 
-from relay.turn.timerwheel import TimerWheel
-
 logger = logging.getLogger("relay.net.reactor")
 
-MAX_EVENTS: Final = 128  # sockets served per turn
-LONG_TURN: Final = 0.001  # seconds; what is shorter nobody asks for
-SLOW_TURN: Final = 0.1  # seconds: a wait that a caller would hear
-REMEMBERED_TURNS: Final = 120.0  # seconds
+# Sources served per iteration. If more are readable, those that come first are served in each
+# iteration all the same, and epoll has the others take turns.
+MAX_EVENTS: Final = 16
+LONG_ITERATION: Final = 0.001  # seconds; what is shorter nobody asks for
+SLOW_ITERATION: Final = 0.1  # seconds: a wait that a caller would hear
+REMEMBERED_ITERATIONS: Final = 120.0  # seconds
 
-Handler = Callable[[], None]
+Handler = Callable[[], bool | None]
+"""Reads some of what there is. Returns True if it stopped at its budget, so there may be more."""
+
+Callback = Callable[[], None]
 
 
 class Closable(Protocol):
@@ -61,22 +69,27 @@ class Reactor:
         self._on_bug = on_bug
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
-        self._timers: TimerWheel[Handler] = TimerWheel(clock())
+        self._first: dict[int, None] = {}  # descriptors of what comes first; an ordered set
+        self._deadlines: dict[Callback, float] = {}  # a handful
+        self._next_deadline: float | None = None  # the earliest of them
         self._retired: list[Closable] = []
         self._stopped = False
         self.awake_since: float | None = None  # on the clock; None while it waits
-        self.slow_turns = 0  # how many took longer than SLOW_TURN
-        self._long_turns: deque[tuple[float, float]] = deque()  # (end, duration), ever shorter
+        self.slow_iterations = 0  # how many took longer than SLOW_ITERATION
+        self._long_iterations: deque[tuple[float, float]] = deque()  # (end, duration), ever shorter
 
-    def register(self, source: Closable, on_readable: Handler) -> None:
-        """Call *on_readable* whenever *source* has something to read."""
+    def register(
+        self, source: Closable, on_readable: Handler, *, comes_first: bool = False
+    ) -> None:
+        """Call *on_readable* whenever *source* has something to read.
+
+        *comes_first* is for what serves many: see the head of this module.
+        """
         fd = source.fileno()
         self._epoll.register(fd, select.EPOLLIN)
         self._handlers[fd] = on_readable
-
-    def reassign(self, source: Closable, on_readable: Handler) -> None:
-        """Call *on_readable* for *source* instead of what it was registered with."""
-        self._handlers[source.fileno()] = on_readable
+        if comes_first:
+            self._first[fd] = None
 
     def retire(self, source: Closable) -> None:
         """Stop serving *source* at once, and close it after the present batch.
@@ -86,6 +99,8 @@ class Reactor:
         """
         fd = source.fileno()
         del self._handlers[fd]
+        self._first.pop(fd, None)
+        # Not left to its closing: epoll would keep it if another process has the socket, too.
         self._epoll.unregister(fd)
         self._retired.append(source)
 
@@ -94,75 +109,58 @@ class Reactor:
         while self._retired:
             self._retired.pop().close()
 
-    def call_at(self, deadline: float, callback: Handler) -> None:
+    def call_at(self, deadline: float, callback: Callback) -> None:
         """Call *callback* at *deadline*, instead of when it was to be called before."""
-        self._timers.schedule(callback, deadline)
+        if self._deadlines.get(callback) != deadline:
+            self._deadlines[callback] = deadline
+            self._next_deadline = min(self._deadlines.values())
 
-    def call_later(self, delay: float, callback: Handler) -> None:
+    def call_later(self, delay: float, callback: Callback) -> None:
         """Call *callback* in *delay* seconds, instead of when it was to be called before."""
-        self._timers.schedule(callback, self.clock() + delay)
+        self.call_at(self.clock() + delay, callback)
 
-    def cancel(self, callback: Handler) -> None:
+    def cancel(self, callback: Callback) -> None:
         """Do not call *callback*, if it was to be called."""
-        self._timers.cancel(callback)
+        if self._deadlines.pop(callback, None) is not None:
+            self._next_deadline = min(self._deadlines.values(), default=None)
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
         while not self._stopped:
-            self.turn()
+            self.iterate()
 
-    def turn(self) -> None:
+    def iterate(self) -> None:
         """Wait for something to do, and do it."""
-        clock = self.clock
-        deadline = self._timers.next_deadline
-        timeout = None if deadline is None else deadline - clock()
+        deadline = self._next_deadline
+        timeout = None if deadline is None else deadline - self.clock()
         if timeout is not None and timeout < 0:
             timeout = 0
         events = self._epoll.poll(timeout, MAX_EVENTS)
-        self.awake_since = woke = clock()
+        self.awake_since = woke = self.clock()
         if deadline is not None and deadline <= woke:
-            for callback in self._timers.advance(woke):
-                try:
-                    callback()
-                except Exception as error:  # noqa: BLE001 - one bug must not end everyone's calls
-                    self._on_bug(error)
-        handlers = self._handlers
-        for fd, _ in events:
-            # Looked up only now: a handler before it may have retired this one.
-            handler = handlers.get(fd)
-            if handler is not None:
-                try:
-                    handler()
-                except Exception as error:  # noqa: BLE001 - likewise
-                    self._on_bug(error)
+            self._call_due(woke)
+        if len(events) == 1:
+            self._serve(events[0][0])
+        elif events:
+            self._serve_several([fd for fd, _ in events])
         if self._retired:
             self.close_retired()
         self.awake_since = None
-        now = clock()
-        if now - woke > LONG_TURN:
-            self._remember_turn(now, now - woke)
+        now = self.clock()
+        if now - woke > LONG_ITERATION:
+            self._remember_iteration(now, now - woke)
 
-    def longest_turn(self) -> float:
-        """Return how long the longest turn of the last two minutes took, in seconds.
+    def longest_iteration(self) -> float:
+        """Return how long the longest iteration of the last two minutes took, in seconds.
 
         Datagrams may have waited for so long. Safe in any thread.
         """
-        since = self.clock() - REMEMBERED_TURNS
-        return max((lasted for end, lasted in list(self._long_turns) if end >= since), default=0.0)
-
-    def _remember_turn(self, end: float, lasted: float) -> None:
-        """Keep what may become the longest turn of those remembered: a sliding maximum."""
-        turns = self._long_turns
-        while turns and turns[-1][1] <= lasted:
-            turns.pop()
-        turns.append((end, lasted))
-        while turns[0][0] < end - REMEMBERED_TURNS:
-            turns.popleft()
-        if lasted > SLOW_TURN:
-            self.slow_turns += 1
+        since = self.clock() - REMEMBERED_ITERATIONS
+        recent = (lasted for end, lasted in list(self._long_iterations) if end >= since)
+        return max(recent, default=0.0)
 
     def stop(self) -> None:
-        """Return from :meth:`run` after the present turn."""
+        """Return from :meth:`run` after the present iteration."""
         self._stopped = True
 
     def close(self) -> None:
@@ -170,3 +168,49 @@ class Reactor:
         self.close_retired()
         with suppress(OSError):
             self._epoll.close()
+
+    def _call_due(self, now: float) -> None:
+        """Call what is due, earliest deadline first."""
+        due = [callback for callback, deadline in self._deadlines.items() if deadline <= now]
+        due.sort(key=self._deadlines.__getitem__)
+        for callback in due:
+            self.cancel(callback)
+        for callback in due:
+            try:
+                callback()
+            except Exception as error:  # noqa: BLE001 - one bug must not end everyone's calls
+                self._on_bug(error)
+
+    def _serve(self, fd: int) -> bool | None:
+        """Let the handler of a descriptor read; return whether there may be more."""
+        # Looked up only now: a handler before it may have retired this one.
+        handler = self._handlers.get(fd)
+        if handler is None:
+            return None
+        try:
+            return handler()
+        except Exception as error:  # noqa: BLE001 - one bug must not end everyone's calls
+            self._on_bug(error)
+            return None
+
+    def _serve_several(self, ready: list[int]) -> None:
+        """Serve what comes first, then each of the others, and what comes first in between."""
+        first = self._first
+        may_be_more = len(ready) == MAX_EVENTS  # than was reported
+        waiting = [fd for fd in list(first) if may_be_more or fd in ready]
+        waiting = [fd for fd in waiting if self._serve(fd)]
+        for other in ready:
+            if other not in first:
+                self._serve(other)
+                waiting = [fd for fd in waiting if self._serve(fd)]
+
+    def _remember_iteration(self, end: float, lasted: float) -> None:
+        """Keep what may become the longest of those remembered: a sliding maximum."""
+        iterations = self._long_iterations
+        while iterations and iterations[-1][1] <= lasted:
+            iterations.pop()
+        iterations.append((end, lasted))
+        while iterations[0][0] < end - REMEMBERED_ITERATIONS:
+            iterations.popleft()
+        if lasted > SLOW_ITERATION:
+            self.slow_iterations += 1

@@ -52,7 +52,11 @@ class Signals:
 
     def deliver(self) -> None:
         """Handle the signals that have come. Register this with the reactor."""
-        for number in dict.fromkeys(self._reader.recv(4096)):  # a storm of one counts as one
+        try:
+            numbers = self._reader.recv(4096)
+        except BlockingIOError:
+            return
+        for number in dict.fromkeys(numbers):  # a storm of one counts as one
             if number in self._caught:
                 self._on_signal(number)
 

@@ -1,50 +1,37 @@
 """UDP sockets: bound once, never blocking, read a few datagrams at a time.
 
-Every socket reads into one buffer that its owner shares among all of them: what was read is
-handled before the next read. A datagram that cannot be sent is lost, as UDP may lose it
-anywhere else; it is counted and that is all.
+Every socket reads into one buffer that its owner shares among all of them, and calls its
+:class:`Receiver`, which is done with a datagram before the next one is read. What is to be
+sent goes through a :class:`UdpDestination`. A datagram that cannot be sent is lost, as UDP may
+lose it anywhere else; it is counted and that is all.
 
-Where datagrams come in bursts the kernel hands over whole trains (:mod:`relay.net.offload`).
-Only ``recvmsg_into`` tells how to cut them, at 0.3 µs more per call than ``recvfrom_into``. So
-a socket begins with the latter, and changes for good when it has read a burst that began and
-ended with the same source. The one on a wildcard address needs ``recvmsg_into`` anyway, and
-asks for trains from the start.
+Where datagrams come in bursts the kernel hands over many of them as segments of one read
+(:mod:`relay.net.offload`). Only ``recvmsg_into`` tells how to cut them, at 0.3 µs more per call
+than ``recvfrom_into``. So a socket begins with the latter, and changes for good when it has read
+a burst that began and ended with the same source.
 """
 
 import errno
 import socket
-import struct
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from functools import partial
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
 
-from relay.net.addresses import WILDCARDS, local_addresses
-from relay.net.buffers import log_buffers, set_buffers
-from relay.net.offload import SEGMENT_ROOM, ControlMessage, Offload, TrainSender, segment_size
+from relay.net.buffers import BufferSetter, log_buffers, set_buffers
+from relay.net.offload import SEGMENT_ROOM, ControlMessage, Offload, SegmentSender, segment_size
 from relay.net.reactor import Reactor
 
-READ_BUDGET: Final = 32  # datagrams per socket and turn of the reactor, at most
-# Reads after which a train is the last, and datagrams that one may be taken apart into without
-# being so at once: the longest ones take as long as a hundred datagrams.
-TRAIN_BUDGET: Final = 4
-BURST: Final = 16  # datagrams of one flow, read in one turn, that tell bulk traffic from calls
+READ_BUDGET: Final = 32  # datagrams per call of on_readable, at most
+# Segmented reads per call, and segments that one of them may be handed on singly without being
+# the last at once: the longest ones take as long as a hundred datagrams.
+SEGMENTED_BUDGET: Final = 4
+BURST: Final = 16  # datagrams of one flow, read in one call, that tell bulk traffic from calls
 # Finding a socket empty costs an exception. Where datagrams come one at a time that is as much
 # as reading one, so after such a one the next few are read without looking for more.
 LONE_READS: Final = 4
-LISTEN_BUFFER: Final = 4 << 20  # bytes the kernel may queue for the listening socket
-RELAY_BUFFER: Final = 512 << 10  # for each relay port: a burst of 200 large datagrams
+PORT_BUFFER: Final = 512 << 10  # bytes the kernel may queue for each port: 200 large datagrams
 
-# From <asm-generic/socket.h> and <linux/sock_diag.h>, as are the next ones from <linux/in.h> and
-# <linux/in6.h>; the socket module lacks them.
-_SO_MEMINFO: Final = 55
-_TIMESTAMPS: Final = (29, 35)  # SO_TIMESTAMP, SO_TIMESTAMPNS
-_MEMINFO: Final = struct.Struct("9I")
-_MEMINFO_DROPS: Final = 8  # SK_MEMINFO_DROPS
-_IP_PKTINFO: Final = 8
-_IPV6_PKTINFO: Final = socket.IPV6_PKTINFO
-_IP_MTU_DISCOVER: Final = 10
-_IPV6_MTU_DISCOVER: Final = 23
+_IP_MTU_DISCOVER: Final = 10  # <linux/in.h>; the socket module lacks them
+_IPV6_MTU_DISCOVER: Final = 23  # <linux/in6.h>
 _PMTUDISC_OMIT: Final = 5
 
 # How the kernel usually refuses a datagram. Others can come, under their own names.
@@ -52,40 +39,48 @@ USUAL_LOSSES: Final = tuple(
     f"send_{name}"
     for name in ("eagain", "einval", "emsgsize", "enetunreach", "ehostunreach", "enobufs", "eperm")
 )
-QUEUE_FULL: Final = "receive_queue_full"  # how datagrams count that came when a queue was full
 
 SocketAddress = tuple[Any, ...]
-"""What the kernel reports: (host, port), for IPv6 with flow label and scope."""
-
-Client = tuple[SocketAddress, bytes]
-"""A client's socket address, and that of ours which it wrote to, packed."""
-
-OnDatagram = Callable[[int, Any], None]
-"""Takes size and source of a datagram that lies in the buffer."""
-
-OnTrain = Callable[[int, int, Any], int]
-"""Takes the size of a train that lies in the buffer, that of its datagrams, and their source.
-
-All datagrams have the same size but the last, which may be shorter. Returns how many of them
-had to be served one by one.
-"""
+"""What the kernel reports and takes: (host, port), for IPv6 with flow label and scope."""
 
 Lost = Callable[[str], None]
 """Takes what failed and why, such as ``send_enobufs``."""
 
 
-def bind_udp(host: str, port: int, buffer_size: int, *, reuse_port: bool = False) -> socket.socket:
+class Receiver(Protocol):
+    """What takes the datagrams that a socket has read."""
+
+    def on_datagram(self, size: int, source: Any, /) -> None:  # noqa: ANN401
+        """Take a datagram of *size* bytes, which lies in the buffer."""
+
+    def on_segments(self, size: int, segment: int, source: Any, /) -> int:  # noqa: ANN401
+        """Take datagrams that lie in the buffer end to end, *size* bytes in all.
+
+        Each has *segment* bytes, but the last may be shorter. Returns how many of them had to
+        be handled singly.
+        """
+
+
+def bind_udp(
+    host: str,
+    port: int,
+    buffer_size: int,
+    *,
+    set_buffers: Callable[[socket.socket, int], None] = set_buffers,
+    reuse_port: bool = False,
+) -> socket.socket:
     """Return a non-blocking UDP socket bound to *host* and *port*. Raises OSError.
 
-    With *reuse_port* another socket of this user may hold the port that allows it too
-    (SO_REUSEPORT).
+    *set_buffers* gives it queues of *buffer_size* bytes. With *reuse_port* another socket of this
+    user may hold the port that allows it too (SO_REUSEPORT).
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        _prepare(sock, buffer_size)
+        never_set_df(sock)
+        set_buffers(sock, buffer_size)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((host, port))
@@ -95,73 +90,67 @@ def bind_udp(host: str, port: int, buffer_size: int, *, reuse_port: bool = False
     return sock
 
 
-def _prepare(sock: socket.socket, buffer_size: int) -> None:
+def never_set_df(sock: socket.socket) -> None:
+    """Keep DF clear, as RFC 8656 §14 wants without DONT-FRAGMENT.
+
+    Nor can a forged "fragmentation needed" shrink what is sent.
+    """
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_OMIT)
     else:
-        # DF stays clear, as RFC 8656 §14 wants without DONT-FRAGMENT, and no forged
-        # "fragmentation needed" can shrink what is sent.
         sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_OMIT)
-    set_buffers(sock, buffer_size)
 
 
-def _is_last(count: int, taken_apart: int) -> bool:
-    """Tell if a train is the last of the turn, after *count* other reads."""
-    return count + 1 >= TRAIN_BUDGET or taken_apart > TRAIN_BUDGET
+class UdpDestination:
+    """An address, and the socket from which it is reached."""
 
-
-class _Socket:
-    """What all sockets have in common: when they read, and how they read trains."""
-
-    __slots__ = ("_buffer", "_lone", "_lost", "_offload", "_reads_trains", "_sock", "_trains")
+    __slots__ = ("_address", "_lost", "_segments", "_sendto")
 
     def __init__(
-        self, sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
+        self,
+        sock: socket.socket,
+        segments: SegmentSender,
+        address: SocketAddress,
+        lost: Lost,
     ) -> None:
-        """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
-        self._sock = sock
-        self._buffer = buffer
+        """Send single datagrams from *sock*, many at once by *segments*."""
+        self._sendto = sock.sendto
+        self._segments = segments
+        self._address = address
         self._lost = lost
-        self._offload = offload
-        self._trains = TrainSender(sock, offload)
-        self._reads_trains = offload.reads_trains(sock)
-        self._lone = 0
 
-    def _receive_trains(
-        self, on_datagram: OnDatagram, on_train: OnTrain, origin: Callable[[SocketAddress], Any]
-    ) -> None:
-        """Read what is there, within the budget; *origin* makes a peer or client of a source."""
-        receive, buffers = self._sock.recvmsg_into, (self._buffer,)
-        for count in range(1 if self._lone else READ_BUDGET):
-            try:
-                size, ancillary, _, source = receive(buffers, SEGMENT_ROOM)
-            except OSError as error:
-                self._pause(count, error)
-                return
-            if ancillary and (segment := segment_size(ancillary)):
-                taken_apart = on_train(size, segment, origin(source))
-                if _is_last(count, taken_apart):
-                    break
-            else:
-                on_datagram(size, origin(source))
-        if self._lone:
-            self._lone -= 1
+    def send(self, datagram: memoryview | bytes) -> bool:
+        """Send one datagram, or count it as lost; return whether the kernel took it."""
+        try:
+            self._sendto(datagram, self._address)
+        except OSError as error:
+            self._lost(f"send_{errno_name(error)}")
+            return False
+        return True
 
-    def _pause(self, count: int, error: OSError) -> None:
-        """Note what to do next time, as the queue is empty now after *count* reads."""
-        if not isinstance(error, BlockingIOError):
-            self._lost(f"receive_{_name(error)}")
-        self._lone = LONE_READS if count <= 1 else 0
-
-    def _expect_trains(self) -> None:
-        """Read trains from here on, if the kernel makes any."""
-        self._reads_trains = self._offload.receive_trains(self._sock)
+    def send_many(self, pieces: list[memoryview | bytes], each: int, size: int) -> int:
+        """Send many datagrams, as :meth:`SegmentSender.send` does."""
+        return self._segments.send(pieces, each, size, self._address)
 
 
-class RelaySocket(_Socket):
-    """The socket of one relay port in one family. It talks to peers."""
+class UdpSocket:
+    """A bound socket, which tells its receiver host and port of each datagram's source.
 
-    __slots__ = ("_reactor", "_sendto")
+    Of an IPv6 source, flow label and scope do not count.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_local",
+        "_lone",
+        "_lost",
+        "_offload",
+        "_reads_segments",
+        "_segments",
+        "_sock",
+        "_usual_ancillary",
+        "receiver",
+    )
 
     def __init__(
         self,
@@ -169,19 +158,38 @@ class RelaySocket(_Socket):
         buffer: memoryview,
         lost: Lost,
         offload: Offload,
-        reactor: Reactor,
+        receiver: Receiver,
     ) -> None:
-        """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
-        super().__init__(sock, buffer, lost, offload)
-        self._reactor = reactor
-        self._sendto = sock.sendto
+        """Own *sock*; read into *buffer*; report what the kernel did not take or give to *lost*."""
+        self._sock = sock
+        self._buffer = buffer
+        self._lost = lost
+        self._offload = offload
+        self.receiver = receiver
+        self._segments = SegmentSender(sock, offload)
+        self._reads_segments = False
+        self._lone = 0
+        self._local: bytes | None = None  # if not None, it goes with each source
+        self._usual_ancillary = 0  # control messages that come with a datagram in any case
 
-    def receive(self, on_datagram: OnDatagram, on_train: OnTrain) -> None:
-        """Read what is there, within the budget; hand over sizes and sources."""
-        if self._reads_trains:
-            self._receive_trains(on_datagram, on_train, _host_and_port)
-            return
-        receive, buffer = self._sock.recvfrom_into, self._buffer
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._sock.fileno()
+
+    def reach(self, address: SocketAddress) -> UdpDestination:
+        """Return how to send to *address* from here."""
+        return UdpDestination(self._sock, self._segments, address, self._lost)
+
+    def close(self) -> None:
+        """Give the port back to the system."""
+        self._sock.close()
+
+    def on_readable(self) -> bool:
+        """Read what is there, within the budget; return whether that was used up."""
+        if self._reads_segments:
+            return self._read_segments()
+        receive, buffer, local = self._sock.recvfrom_into, self._buffer, self._local
+        on_datagram = self.receiver.on_datagram
         first = source = None
         for count in range(1 if self._lone else READ_BUDGET):
             try:
@@ -189,43 +197,83 @@ class RelaySocket(_Socket):
             except OSError as error:
                 self._pause(count, error)
                 if count >= BURST and source == first:
-                    self._expect_trains()
-                return
+                    self._expect_segments()
+                return False
             if not count:
                 first = source
-            on_datagram(size, source if len(source) == 2 else source[:2])
+            if local is not None:
+                on_datagram(size, (source, local))
+            else:
+                on_datagram(size, source if len(source) == 2 else source[:2])
         if self._lone:
             self._lone -= 1
         elif source == first:
-            self._expect_trains()
-
-    def send(self, datagram: memoryview | bytes, to: SocketAddress) -> bool:
-        """Send one datagram to (host, port); return whether the kernel took it."""
-        try:
-            self._sendto(datagram, to)
-        except OSError as error:
-            self._lost(f"send_{_name(error)}")
-            return False
+            self._expect_segments()
         return True
 
-    def send_train(
-        self, pieces: list[memoryview | bytes], each: int, size: int, to: SocketAddress
-    ) -> int:
-        """Send a train to (host, port), as :meth:`TrainSender.send` says."""
-        return self._trains.send(pieces, each, size, to)
+    def _read_segments(self) -> bool:
+        """Do the same where the kernel may hand over many datagrams in one read."""
+        receive, buffers, receiver = self._sock.recvmsg_into, (self._buffer,), self.receiver
+        usual = self._usual_ancillary
+        for count in range(1 if self._lone else READ_BUDGET):
+            try:
+                size, ancillary, _, source = receive(buffers, _CONTROL_ROOM)
+            except OSError as error:
+                self._pause(count, error)
+                return False
+            origin = self._origin(source, ancillary)
+            if len(ancillary) == usual or not (segment := segment_size(ancillary)):
+                receiver.on_datagram(size, origin)
+            else:
+                singly = receiver.on_segments(size, segment, origin)
+                if count + 1 >= SEGMENTED_BUDGET or singly > SEGMENTED_BUDGET:
+                    break
+        if self._lone:
+            self._lone -= 1
+        return True
+
+    def _origin(self, source: SocketAddress, _ancillary: list[ControlMessage]) -> SocketAddress:
+        """Return what the receiver is told of a source."""
+        return source[:2] if self._local is None else (source, self._local)
+
+    def _pause(self, count: int, error: OSError) -> None:
+        """Note what to do next time, as the queue is empty now after *count* reads."""
+        if not isinstance(error, BlockingIOError):
+            self._lost(f"receive_{errno_name(error)}")
+        if count:
+            self._lone = LONE_READS if count == 1 else 0
+
+    def _expect_segments(self) -> None:
+        """Read segments from here on, if the kernel makes any."""
+        self._reads_segments = self._offload.enable_gro(self._sock)
+
+
+class PortSocket(UdpSocket):
+    """A socket that the reactor reads, and closes when no event for it can be under way."""
+
+    __slots__ = ("_reactor",)
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        buffer: memoryview,
+        lost: Lost,
+        offload: Offload,
+        receiver: Receiver,
+        reactor: Reactor,
+    ) -> None:
+        """Have *reactor* read *sock*; otherwise as :class:`UdpSocket`."""
+        super().__init__(sock, buffer, lost, offload, receiver)
+        self._reactor = reactor
+        reactor.register(sock, self.on_readable)
 
     def close(self) -> None:
         """Stop reading at once; the port is given back after the present batch of events."""
         self._reactor.retire(self._sock)
 
 
-def _host_and_port(source: SocketAddress) -> SocketAddress:
-    """Return what counts of a peer: of an IPv6 source, flow label and scope do not."""
-    return source[:2]
-
-
-class RelayPorts:
-    """Opens relay ports, and has the reactor read them."""
+class PortOpener:
+    """Opens ports at one address per family."""
 
     def __init__(
         self,
@@ -235,257 +283,29 @@ class RelayPorts:
         lost: Lost,
         offload: Offload,
     ) -> None:
-        """Take where to bind in each family, and what every :class:`RelaySocket` needs."""
+        """Take where to bind in each family, and what every :class:`PortSocket` needs."""
         self._reactor = reactor
         self._hosts = hosts
         self._buffer = buffer
         self._lost = lost
         self._offload = offload
+        self._buffers = BufferSetter()
         self._logged_buffers = False
 
-    def open(
-        self, family: int, port: int, on_datagram: OnDatagram, on_train: OnTrain
-    ) -> RelaySocket:
-        """Bind a port, and call back with what arrives there. Raises OSError."""
+    def open(self, family: int, port: int, receiver: Receiver) -> PortSocket:
+        """Bind a port; *receiver* takes what arrives there. Raises OSError."""
         self._reactor.close_retired()  # it may be the very port
-        sock = bind_udp(self._hosts[family], port, RELAY_BUFFER)
+        sock = bind_udp(self._hosts[family], port, PORT_BUFFER, set_buffers=self._buffers.set)
         if not self._logged_buffers:  # by then privileges are dropped, so the first one tells
             self._logged_buffers = True
-            log_buffers(sock, RELAY_BUFFER, "each relay port")
-        relay_socket = RelaySocket(sock, self._buffer, self._lost, self._offload, self._reactor)
-        self._reactor.register(sock, partial(relay_socket.receive, on_datagram, on_train))
-        return relay_socket
+            log_buffers(sock, PORT_BUFFER, "each relay port")
+        return PortSocket(sock, self._buffer, self._lost, self._offload, receiver, self._reactor)
 
 
-def listen(
-    host: str, port: int, buffer: memoryview, lost: Lost, offload: Offload
-) -> "ListeningSocket":
-    """Bind a socket for clients that reads into *buffer*. Raises OSError."""
-    listener = _listening(bind_udp(host, port, LISTEN_BUFFER), buffer, lost, offload)
-    if isinstance(listener, WildcardSocket):
-        listener.bind_beside(local_addresses())
-    return listener
-
-
-def adopt(
-    sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
-) -> "ListeningSocket":
-    """Serve clients on a UDP socket that is bound already. Raises OSError.
-
-    One for IPv6 must be for nothing else (IPV6_V6ONLY): ValueError says that it is not.
-    """
-    if sock.family == socket.AF_INET6 and not sock.getsockopt(
-        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
-    ):
-        raise ValueError("an IPv6 socket that takes IPv4 too (BindIPv6Only=ipv6-only is missing)")
-    sock.setblocking(False)
-    for timestamp in _TIMESTAMPS:  # they would take the room of what has to be read
-        sock.setsockopt(socket.SOL_SOCKET, timestamp, 0)
-    _prepare(sock, LISTEN_BUFFER)
-    # No others beside it: they would be without its device, its mark and the rest, and would not
-    # be there while the next process starts.
-    return _listening(sock, buffer, lost, offload)
-
-
-def _listening(
-    sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
-) -> "ListeningSocket":
-    host = sock.getsockname()[0]
-    log_buffers(sock, LISTEN_BUFFER, f"the socket for clients on {host}")
-    kind = WildcardSocket if host in WILDCARDS else ListeningSocket
-    return kind(sock, buffer, lost, offload)
-
-
-class ListeningSocket(_Socket):
-    """A socket that clients talk to, bound to one address.
-
-    Clients are pairs of socket address and local address; the latter is the same for all here.
-    """
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        buffer: memoryview,
-        lost: Lost,
-        offload: Offload,
-        local: bytes = b"",
-    ) -> None:
-        """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
-        super().__init__(sock, buffer, lost, offload)
-        self._local = local
-        self.sendto = sock.sendto
-        self.address: SocketAddress = sock.getsockname()
-        self.sockets: list[ListeningSocket] = [self]  # what there is to read
-
-    def fileno(self) -> int:
-        """Return the descriptor."""
-        return self._sock.fileno()
-
-    def receive(self, on_datagram: OnDatagram, on_train: OnTrain) -> None:
-        """Read what is there, within the budget; hand over sizes and clients."""
-        if self._reads_trains:
-            self._receive_trains(on_datagram, on_train, self._client)
-            return
-        receive, buffer, local = self._sock.recvfrom_into, self._buffer, self._local
-        first = source = None
-        for count in range(1 if self._lone else READ_BUDGET):
-            try:
-                size, source = receive(buffer)
-            except OSError as error:
-                self._pause(count, error)
-                if count >= BURST and source == first:
-                    self._expect_trains()
-                return
-            if not count:
-                first = source
-            on_datagram(size, (source, local))
-        if self._lone:
-            self._lone -= 1
-        elif source == first:
-            self._expect_trains()
-
-    def send(self, datagram: memoryview | bytes, to: Client) -> bool:
-        """Send one datagram to a client; return whether the kernel took it."""
-        try:
-            self.sendto(datagram, to[0])
-        except OSError as error:
-            self._lost(f"send_{_name(error)}")
-            return False
-        return True
-
-    def send_train(self, pieces: list[memoryview | bytes], each: int, size: int, to: Client) -> int:
-        """Send a train to a client, as :meth:`TrainSender.send` says."""
-        return self._trains.send(pieces, each, size, to[0])
-
-    def close(self) -> None:
-        """Give the port back to the system."""
-        with suppress(OSError):
-            self._sock.close()
-
-    def overflows(self) -> int:
-        """Return how many datagrams found the queue full since the socket was made."""
-        meminfo = self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
-        drops: int = _MEMINFO.unpack(meminfo)[_MEMINFO_DROPS]
-        return drops
-
-    def _client(self, source: SocketAddress) -> Client:
-        return source, self._local
-
-
-class WildcardSocket(ListeningSocket):
-    """A socket that clients talk to, at every address of this host.
-
-    It notes which of them each datagram was sent to, and answers from that one (IP_PKTINFO):
-    the route's preferred source may be another, which a client behind NAT would never hear.
-
-    The system calls for that cost a quarter more. So each address that the host has at start gets
-    a socket of its own, bound to it beside this one. To them the kernel gives what is sent
-    there; the wildcard is left for addresses that the host gets later. A client looks the same
-    either way, and answers go through this socket, which knows where from.
-    """
-
-    def __init__(
-        self, sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload
-    ) -> None:
-        """Own *sock*; read into *buffer*; report what could not be sent to *lost*."""
-        super().__init__(sock, buffer, lost, offload)
-        self._buffers = [buffer]
-        self._beside: dict[bytes, ListeningSocket] = {}
-        self._sources: dict[bytes, tuple[ControlMessage]] = {}
-        if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-            self._local_part = slice(0, 16)  # struct in6_pktinfo: destination, interface
-        else:
-            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-            self._local_part = slice(4, 8)  # struct in_pktinfo: interface, local address, ...
-        offload.receive_trains(sock)
-
-    def bind_beside(self, hosts: Iterable[str]) -> None:
-        """Bind a socket to each of *hosts* that can be bound, but not to too many."""
-        family, port = self._sock.family, self.address[1]
-        ours = [host for host in sorted(hosts) if (":" in host) == (family == socket.AF_INET6)]
-        sharing = [self._sock]
-        # Only in here, or anybody could bind to our addresses too and take what is sent to us.
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        for host in ours[:_MOST_BESIDE]:
-            with suppress(OSError):  # such as a link-local one; the wildcard serves it as well
-                sock = bind_udp(host, port, LISTEN_BUFFER, reuse_port=True)
-                sharing.append(sock)
-                local = socket.inet_pton(family, host)
-                self._beside[local] = ListeningSocket(
-                    sock, self._buffer, self._lost, self._offload, local
-                )
-        for sock in sharing:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-        self.sockets += self._beside.values()
-
-    def receive(self, on_datagram: OnDatagram, on_train: OnTrain) -> None:
-        """Read what is there, within the budget; hand over sizes and clients."""
-        receive, buffers, local_part = self._sock.recvmsg_into, self._buffers, self._local_part
-        for count in range(1 if self._lone else READ_BUDGET):
-            try:
-                size, ancillary, _, source = receive(buffers, _CONTROL_ROOM)
-            except OSError as error:
-                self._pause(count, error)
-                return
-            client = (source, ancillary[-1][2][local_part])
-            if len(ancillary) == 1 or not (segment := segment_size(ancillary)):
-                on_datagram(size, client)
-            else:
-                taken_apart = on_train(size, segment, client)
-                if _is_last(count, taken_apart):
-                    break
-        if self._lone:
-            self._lone -= 1
-
-    def send(self, datagram: memoryview | bytes, to: Client) -> bool:
-        """Send one datagram to a client, from the address that it wrote to.
-
-        Returns whether the kernel took it.
-        """
-        address, local = to
-        beside = self._beside.get(local)
-        try:
-            if beside is not None:
-                beside.sendto(datagram, address)
-            else:
-                source = self._sources.get(local) or self._source(local)
-                self._sock.sendmsg((datagram,), source, 0, address)
-        except OSError as error:
-            self._lost(f"send_{_name(error)}")
-            return False
-        return True
-
-    def send_train(self, pieces: list[memoryview | bytes], each: int, size: int, to: Client) -> int:
-        """Send a train to a client, from the address that it wrote to."""
-        address, local = to
-        source = self._sources.get(local) or self._source(local)
-        return self._trains.send(pieces, each, size, address, source)
-
-    def close(self) -> None:
-        """Give the port back to the system, at all addresses."""
-        for beside in self._beside.values():
-            beside.close()
-        super().close()
-
-    def _source(self, local: bytes) -> tuple[ControlMessage]:
-        """Return the control message that sets the source; the interface is the route's."""
-        if len(self._sources) >= _MOST_LOCAL_ADDRESSES:
-            self._sources.clear()
-        if len(local) == 16:
-            info = (socket.IPPROTO_IPV6, _IPV6_PKTINFO, struct.pack("16sI", local, 0))
-        else:
-            info = (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("I4s4s", 0, local, bytes(4)))
-        source = self._sources[local] = (info,)
-        return source
-
-
-# What comes with a train, and the larger one of what else comes: in6_pktinfo.
-_CONTROL_ROOM: Final = SEGMENT_ROOM + socket.CMSG_SPACE(20)
-_MOST_BESIDE: Final = 16  # sockets for one address each
-# A whole prefix can be local to a host (AnyIP); what is remembered of it stays small.
-_MOST_LOCAL_ADDRESSES: Final = 256
-
-
-def _name(error: OSError) -> str:
+def errno_name(error: OSError) -> str:
+    """Return what an error is counted under: ``enobufs``."""
     return errno.errorcode.get(error.errno or 0, "unknown").lower()
+
+
+# What comes with segments, and the larger one of what else can come: in6_pktinfo.
+_CONTROL_ROOM: Final = SEGMENT_ROOM + socket.CMSG_SPACE(20)

@@ -1,6 +1,7 @@
 """What is counted. Counters are plain numbers: the data path can afford one addition."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 
 class Counters:
@@ -8,17 +9,19 @@ class Counters:
 
     Relayed datagrams are counted by the size of their payload, in bytes: how many there were,
     how many bytes they had and how their sizes are distributed all follow from that, and it
-    is one addition per datagram, or per train of equal ones.
+    is one addition per datagram, or per call that sends many equal ones.
     """
 
-    __slots__ = ("bugs", "dropped", "slow_turns", "to_client", "to_peer", "trains")
+    __slots__ = ("bugs", "dropped", "to_client", "to_peer", "trains")
 
-    def __init__(self) -> None:
+    def __init__(self, known_drops: Iterable[str] = ()) -> None:
+        """Begin at zero. *known_drops* are reasons to report before they are counted."""
         self.to_peer: defaultdict[int, int] = defaultdict(int)  # sent on to peers, by size
         self.to_client: defaultdict[int, int] = defaultdict(int)  # sent on to clients, by size
-        self.trains: defaultdict[int, int] = defaultdict(int)  # those of two and more, by length
-        self.dropped: Counter[str] = Counter()  # datagrams not relayed or answered, by reason
-        self.slow_turns = 0  # turns of the loop that took longer than SLOW_TURN
+        # How often two or more datagrams were sent at once, by how many.
+        self.trains: defaultdict[int, int] = defaultdict(int)
+        # Datagrams neither relayed nor answered, by reason.
+        self.dropped: Counter[str] = Counter(dict.fromkeys(known_drops, 0))
         self.bugs = 0  # exceptions that a handler let through
 
     def lost(self, reason: str) -> None:

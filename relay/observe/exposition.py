@@ -6,7 +6,7 @@ series each.
 """
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 from operator import mul
@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from relay.observe.counters import Counters
 
-STUCK_AFTER: Final = 5.0  # seconds in one turn of the loop
+STUCK_AFTER: Final = 5.0  # seconds in one iteration of the loop
 
 PACKET_SIZES: Final = (64, 128, 256, 512, 1024, 1280, 1500)  # upper bounds, in bytes
 TRAIN_LENGTHS: Final = (1, 2, 4, 8, 16, 32, 64)  # upper bounds, in datagrams
@@ -29,22 +29,23 @@ class Status:
     """What the relay is at one moment."""
 
     not_ready: str | None  # why nobody should be sent to it
-    stuck_for: float  # seconds in the present turn of the loop; 0.0 while it waits
-    loop_lag: float  # seconds: the longest turn of the loop lately
+    stuck_for: float  # seconds in the present iteration of the loop; 0.0 while it waits
+    loop_lag: float  # seconds: the longest iteration of the loop lately
+    slow_iterations: int
     allocations: int
     channels: int
     portal_connected: bool | None  # None without a portal
     portal_reconnects: int
     responses: Mapping[tuple[str, str], int]  # by method and code, or "success"
-    auth_failures: Mapping[str, int]  # by reason
+    auth_failures: Mapping[str, int]  # by reason, the known ones from 0 on
     counters: Counters  # the reactor writes them meanwhile: read copies
 
     @property
     def stuck(self) -> str | None:
-        """What to say of a loop that does not turn, or None."""
+        """What to say of a loop that does not come round, or None."""
         if self.stuck_for <= STUCK_AFTER:
             return None
-        return f"the loop has been busy with one turn for {self.stuck_for:.1f} s"
+        return f"the loop has been busy with one iteration for {self.stuck_for:.1f} s"
 
     @property
     def unready(self) -> str | None:
@@ -60,17 +61,10 @@ class RelayCollector(Collector):
         status: Callable[[], Status],
         *,
         version: str,
-        drop_reasons: Iterable[str],
-        auth_failure_reasons: Iterable[str],
     ) -> None:
-        """Take where to look, and the reasons to report before they are counted.
-
-        A rate needs the 0 from which a counter started.
-        """
+        """Take where to look."""
         self._status = status
         self._version = version
-        self._no_drops = dict.fromkeys(drop_reasons, 0)
-        self._no_auth_failures = dict.fromkeys(auth_failure_reasons, 0)
         self._lone_datagrams = 0
 
     def collect(self) -> Iterator[Metric]:
@@ -96,14 +90,14 @@ class RelayCollector(Collector):
         )
         yield GaugeMetricFamily(
             "relay_loop_lag_seconds",
-            "Longest turn of the event loop lately, the present one included: "
-            "for so long a datagram may have waited for its turn.",
+            "Longest iteration of the event loop lately, the present one included: "
+            "for so long a datagram may have waited.",
             value=max(status.loop_lag, status.stuck_for),
         )
         yield CounterMetricFamily(
             "relay_loop_slow_turns_total",
-            "Turns of the event loop that took longer than 0.1 s.",
-            value=status.counters.slow_turns,
+            "Iterations of the event loop that took longer than 0.1 s.",
+            value=status.slow_iterations,
         )
         yield GaugeMetricFamily(
             "relay_allocations", "Live allocations: clients served now.", value=status.allocations
@@ -147,7 +141,7 @@ class RelayCollector(Collector):
         yield _by_reason(
             "relay_auth_failures_total",
             "Requests refused for their credentials or their nonce, by reason.",
-            {**self._no_auth_failures, **status.auth_failures},
+            status.auth_failures,
         )
 
     def _data(self, counters: Counters) -> Iterator[Metric]:
@@ -171,7 +165,7 @@ class RelayCollector(Collector):
             "relay_dropped_packets_total",
             "Datagrams neither relayed nor answered, by reason. send_* and receive_* "
             "are the kernel's errors, the others are what the datagram was.",
-            {**self._no_drops, **counters.dropped},
+            dict(counters.dropped),
         )
         sizes = [
             here + there

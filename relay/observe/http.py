@@ -44,11 +44,11 @@ METRICS_REST: Final = 200  # times the CPU time to make /metrics, until it is ma
 METRICS_AGE: Final = 1.0  # seconds for which /metrics says the same, at least
 MAX_CONNECTIONS: Final = 256
 BACKLOG: Final = 512  # connections that wait to be accepted
-ACCEPTS_PER_TURN: Final = 16
+ACCEPTS_AT_ONCE: Final = 16
 REQUEST_TIMEOUT: Final = 10.0  # seconds from the accept to the last byte of the answer
 LARGEST_HEADER: Final = 4096  # bytes
 LARGEST_BODY: Final = 1024  # bytes; nobody looks at it
-READ_SIZE: Final = 1024  # bytes per turn and connection
+READ_SIZE: Final = 1024  # bytes at a time, of a connection
 
 METHODS: Final = ("GET", "HEAD")
 PROBES: Final = ("/healthz", "/readyz")
@@ -68,8 +68,6 @@ class HealthServer:
         *,
         version: str,
         on_start: Callable[[], None] = lambda: None,
-        drop_reasons: Iterable[str] = (),
-        auth_failure_reasons: Iterable[str] = (),
         request_timeout: float = REQUEST_TIMEOUT,
         metrics_age: float = METRICS_AGE,
     ) -> None:
@@ -77,17 +75,10 @@ class HealthServer:
 
         ``::`` is every address of the machine, those of IPv4 included.
         *status*, and *on_start* before anything else, are called in the thread of this
-        server. The reasons are those to report as 0 until they are counted.
+        server; :meth:`start` waits for the latter.
         """
         registry = CollectorRegistry()
-        registry.register(
-            RelayCollector(
-                status,
-                version=version,
-                drop_reasons=drop_reasons,
-                auth_failure_reasons=auth_failure_reasons,
-            )
-        )
+        registry.register(RelayCollector(status, version=version))
         _ProcessCollector(registry=registry)
         self._on_start = on_start
         self._stopping = threading.Event()
@@ -101,11 +92,13 @@ class HealthServer:
             request_timeout,
         )
         self.address: tuple[str, int] = self._server.socket.getsockname()[:2]
+        self._has_started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. Raises RuntimeError if the system allows no more threads."""
         self._thread.start()
+        self._has_started.wait()
 
     def stop(self) -> None:
         """End the thread and close every connection."""
@@ -119,10 +112,13 @@ class HealthServer:
         self._server.close_all()
 
     def _run(self) -> None:
-        self._on_start()
+        try:
+            self._on_start()
+        finally:
+            self._has_started.set()
         try:
             while not self._stopping.is_set():
-                self._server.turn()
+                self._server.serve_some()
                 self._rest()
         except Exception:
             logger.exception("the thread for HTTP is stopped by a bug")
@@ -287,7 +283,7 @@ class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
             ),
         )
 
-    def turn(self) -> None:
+    def serve_some(self) -> None:
         """Wait for connections and read from each once; answer all probes, and some others."""
         patience = 0.0 if self._others else self._patience()
         wasyncore.loop(patience, use_poll=True, map=self._map, count=1)
@@ -307,7 +303,7 @@ class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         (self._probes if is_probe else self._others).append(connection)
 
     def handle_accept(self) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
+        for _ in range(ACCEPTS_AT_ONCE):
             held = len(self.active_channels)
             super().handle_accept()
             if len(self.active_channels) == held:  # nobody waits, or there are no descriptors

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import select
 import sys
 from datetime import UTC, datetime
@@ -11,27 +10,6 @@ from typing import Any, Final, TextIO
 from pythonjsonlogger.json import JsonFormatter
 
 from relay.observe.logratelimit import Brake
-
-FORMATS: Final = ("human", "json")
-LEVELS: Final = ("debug", "info", "warning", "error")
-
-
-def parse_levels(text: str) -> dict[str, int]:
-    """Read ``info,relay.turn=debug`` into levels by logger name; "" is the root.
-
-    Raises ValueError for what is not a level, or not a logger name.
-    """
-    levels: dict[str, int] = {}
-    for item in text.split(","):
-        name, equals, level = (part.strip() for part in item.rpartition("="))
-        if level.lower() not in LEVELS:
-            raise ValueError(f"{level!r} is not one of {', '.join(LEVELS)}")
-        if equals and not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)*", name):
-            raise ValueError(f"{name!r} is not the name of a logger")
-        if name in levels:
-            raise ValueError(f"{item.strip()!r}: given twice")
-        levels[name] = logging.getLevelName(level.upper())
-    return {"": logging.INFO, **levels}
 
 
 def configure(log_format: str, levels: dict[str, int]) -> None:

@@ -1,20 +1,51 @@
 """What the relay says of itself: to probes and Prometheus, to systemd, and to the log."""
 
 import time
-from collections.abc import Collection, Mapping
-from typing import Final
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Protocol
 
-from relay.net.reactor import Reactor
-from relay.net.udp import QUEUE_FULL, USUAL_LOSSES, ListeningSocket
 from relay.observe.counters import Counters
 from relay.observe.exposition import Status, total
-from relay.turn.auth import AuthFailure
-from relay.turn.commands import Drop
-from relay.turn.server import Server
 
-# What is worth a 0 before it is counted.
-DROP_REASONS: Final = (*(reason.value for reason in Drop), *USUAL_LOSSES, QUEUE_FULL)
-AUTH_FAILURE_REASONS: Final = tuple(reason.value for reason in AuthFailure)
+QUEUE_FULL: Final = "receive_queue_full"  # how datagrams count that came when a queue was full
+
+
+class Served(Protocol):
+    """The numbers of the server."""
+
+    @property
+    def allocations(self) -> int:
+        """How many there are."""
+
+    @property
+    def channels(self) -> int:
+        """How many are bound."""
+
+    @property
+    def responses(self) -> Counter[tuple[str, str]]:
+        """How many answers were sent, by method, and error code or "success"."""
+
+    @property
+    def auth_failures(self) -> Counter[Any]:
+        """How many signed requests were not believed, by an enumeration of reasons."""
+
+
+class Loop(Protocol):
+    """The numbers of the event loop."""
+
+    awake_since: float | None  # monotonic seconds; None while it waits
+    slow_iterations: int
+
+    def longest_iteration(self) -> float:
+        """Return how long the longest one lately took, in seconds."""
+
+
+class Queue(Protocol):
+    """A socket's queue."""
+
+    def overflows(self) -> int:
+        """Return how many datagrams found it full."""
 
 
 class Monitor:
@@ -22,19 +53,21 @@ class Monitor:
 
     def __init__(
         self,
-        server: Server,
+        served: Served,
         counters: Counters,
-        reactor: Reactor,
-        listeners: Collection[ListeningSocket],
+        loop: Loop,
+        queues: Iterable[Queue],
+        known_auth_failures: Iterable[str] = (),
     ) -> None:
-        """Watch these from here on."""
+        """Watch these from here on; report the known reasons before they are counted."""
         self.not_ready: str | None = "starting"
         self.portal_connected: bool | None = None  # None: there is no portal
         self.portal_reconnects = 0
-        self._server = server
+        self._served = served
         self._counters = counters
-        self._reactor = reactor
-        self._listeners = listeners
+        self._loop = loop
+        self._queues = tuple(queues)
+        self._no_auth_failures = dict.fromkeys(known_auth_failures, 0)
         self._started = time.monotonic()
         self._last_line = (self._started, 0)  # when, and how many bytes were relayed until then
 
@@ -46,17 +79,18 @@ class Monitor:
 
     def status(self) -> Status:
         """Return what the relay is at this moment."""
-        self._count()
-        awake_since = self._reactor.awake_since
+        self._count_overflows()
+        awake_since = self._loop.awake_since
         return Status(
             not_ready=self.not_ready,
             stuck_for=0.0 if awake_since is None else time.monotonic() - awake_since,
-            loop_lag=self._reactor.longest_turn(),
-            allocations=self._server.allocations,
-            channels=self._server.channels,
+            loop_lag=self._loop.longest_iteration(),
+            slow_iterations=self._loop.slow_iterations,
+            allocations=self._served.allocations,
+            channels=self._served.channels,
             portal_connected=self.portal_connected,
             portal_reconnects=self.portal_reconnects,
-            responses=self._server.responses.copy(),
+            responses=self._served.responses.copy(),
             auth_failures=self._auth_failures(),
             counters=self._counters,
         )
@@ -72,17 +106,17 @@ class Monitor:
 
     def summary(self) -> str:
         """Say everything there is to say."""
-        self._count()
+        self._count_overflows()
         parts = [f"{self._state()}, up for {time.monotonic() - self._started:.0f} s"]
         for name, sizes in (
             ("client to peer", self._counters.to_peer),
             ("peer to client", self._counters.to_client),
         ):
             parts.append(f"{name}: {sum(sizes.values())} datagrams, {total(sizes)} bytes")
-        responses = {" ".join(key): count for key, count in self._server.responses.items()}
-        parts.append(f"responses: {_listed(responses)}")
-        parts.append(f"authentication failures: {_listed(self._auth_failures())}")
-        parts.append(f"datagrams dropped: {_listed(self._counters.dropped)}")
+        responses = {" ".join(key): count for key, count in self._served.responses.items()}
+        parts.append(f"responses: {listed(responses)}")
+        parts.append(f"authentication failures: {listed(self._auth_failures())}")
+        parts.append(f"datagrams dropped: {listed(self._counters.dropped)}")
         if self.portal_connected is not None:
             parts.append(f"reconnects to the portal: {self.portal_reconnects}")
         parts.append(f"bugs: {self._counters.bugs}")
@@ -91,24 +125,25 @@ class Monitor:
     def _state(self) -> str:
         parts = [
             self.not_ready or "relaying",
-            f"{self._server.allocations} allocations",
-            f"{self._server.channels} channels",
+            f"{self._served.allocations} allocations",
+            f"{self._served.channels} channels",
         ]
         if self.portal_connected is not None:
             parts.append("portal connected" if self.portal_connected else "portal away")
         return ", ".join(parts)
 
-    def _count(self) -> None:
-        """Fetch what is counted elsewhere: by the loop, and by the kernel."""
-        self._counters.slow_turns = self._reactor.slow_turns
-        sockets = [sock for listener in self._listeners for sock in listener.sockets]
-        overflows = sum(sock.overflows() for sock in sockets)
+    def _count_overflows(self) -> None:
+        """Fetch what the kernel counts."""
+        overflows = sum(queue.overflows() for queue in self._queues)
         if overflows:
             self._counters.dropped[QUEUE_FULL] = overflows
 
     def _auth_failures(self) -> dict[str, int]:
-        return {why.value: count for why, count in self._server.auth_failures.copy().items()}
+        counted = {why.value: count for why, count in self._served.auth_failures.copy().items()}
+        return {**self._no_auth_failures, **counted}
 
 
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "none"
+def listed(counts: Mapping[str, int]) -> str:
+    """Return what was counted in words, without what did not occur."""
+    counted = [f"{count} {what}" for what, count in sorted(counts.items()) if count]
+    return ", ".join(counted) or "none"

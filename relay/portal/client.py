@@ -59,7 +59,8 @@ class PortalClient:
     ) -> None:
         """Take where the portal is, who we are, the credentials' secret, and where events go.
 
-        *post*, and *on_start* before anything else, are called in the portal's thread.
+        *post*, and *on_start* before anything else, are called in the portal's thread;
+        :meth:`start` waits for the latter.
         """
         self._portal = portal
         self._headers = [f"X-Authorization: Bearer {token}", f"User-Agent: {user_agent}"]
@@ -71,11 +72,13 @@ class PortalClient:
         self._stream: Stream | None = None
         self._websocket: WebSocket | None = None
         self._is_stopped = False
+        self._has_started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portal", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. Raises RuntimeError if the system allows no more threads."""
         self._thread.start()
+        self._has_started.wait()
 
     def stop(self) -> None:
         """End the thread, wherever it waits; it has at most 100 ms to say goodbye."""
@@ -91,7 +94,10 @@ class PortalClient:
             self._stop.close()
 
     def _run(self) -> None:
-        self._on_start()
+        try:
+            self._on_start()
+        finally:
+            self._has_started.set()
         phoenix = Phoenix(
             self._secret, portal=self._portal.host, random=random.random, now=time.monotonic()
         )

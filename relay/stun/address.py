@@ -5,14 +5,12 @@ XOR-PEER-ADDRESS as bytes; both are keys of the same tables, so one address must
 have one spelling. The kernel's is that of ``inet_ntop``.
 """
 
-from ipaddress import IPv4Address, IPv6Address
+from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
 from relay.stun.const import Family
 
 Address = tuple[str, int]
 """Host and port: ``("192.0.2.1", 3478)`` or ``("2001:db8::1", 3478)``."""
-
-_IPV4_MAPPED = bytes(10) + b"\xff\xff"
 
 
 def family_of(host: str) -> Family:
@@ -22,7 +20,10 @@ def family_of(host: str) -> Family:
 
 def pack_host(host: str) -> bytes:
     """Return the 4 or 16 bytes of a numeric host. Raises ValueError if it is none."""
-    return IPv6Address(host).packed if ":" in host else IPv4Address(host).packed
+    try:
+        return inet_pton(AF_INET6 if ":" in host else AF_INET, host)
+    except OSError as error:
+        raise ValueError(f"{host!r} is not a numeric host") from error
 
 
 def prefix_of(host: str, ipv4_bytes: int, ipv6_bytes: int) -> bytes:
@@ -32,20 +33,10 @@ def prefix_of(host: str, ipv4_bytes: int, ipv6_bytes: int) -> bytes:
 
 
 def unpack_host(packed: bytes) -> str:
-    """Return the text of 4 or 16 bytes, spelled as ``inet_ntop`` does."""
-    if len(packed) == 4:
-        return _dotted(packed)
-    if packed.startswith(_IPV4_MAPPED):
-        return "::ffff:" + _dotted(packed[12:])
-    if not any(packed[:12]) and any(packed[12:14]):  # IPv4-compatible
-        return "::" + _dotted(packed[12:])
-    return IPv6Address(packed).compressed
+    """Return the text of 4 or 16 bytes."""
+    return inet_ntop(AF_INET if len(packed) == 4 else AF_INET6, packed)
 
 
 def format_endpoint(host: str, port: int) -> str:
     """Return ``host:port``, with brackets around IPv6, for people and for URIs."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _dotted(packed: bytes) -> str:
-    return ".".join(map(str, packed))

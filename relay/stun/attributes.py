@@ -23,6 +23,10 @@ class DecodeError(ValueError):
     """Bytes from the wire that are not what they claim to be."""
 
 
+class UndecodableAttribute(DecodeError):
+    """A value that makes no sense, in a message that is sound: its sender can be told."""
+
+
 @dataclass(frozen=True, slots=True)
 class Coding(Generic[T]):
     """How a value is read and written. Both ways need the transaction id (to XOR addresses)."""
@@ -98,25 +102,21 @@ def _address(*, xored: bool) -> Coding[Address]:
     cookie followed by the transaction id.
     """
 
-    def mask(transaction_id: bytes) -> bytes:
-        return _COOKIE + transaction_id if xored else bytes(16)
-
     def decode(value: bytes, transaction_id: bytes) -> Address:
         if len(value) < 4:
             raise DecodeError(f"{len(value)} bytes are no address")
         size = _ADDRESS_SIZE[_known_family(value[1])]
         if len(value) != 4 + size:
             raise DecodeError(f"{len(value)} bytes instead of {4 + size}")
-        key = mask(transaction_id)
-        port = int.from_bytes(_xor(value[2:4], key), "big")
-        return unpack_host(_xor(value[4:], key)), port
+        plain = _xor(value[2:], transaction_id) if xored else value[2:]
+        return unpack_host(plain[2:]), int.from_bytes(plain[:2], "big")
 
     def encode(address: Address, transaction_id: bytes) -> bytes:
         host, port = address
         packed = pack_host(host)
-        family = Family.IPV4 if len(packed) == 4 else Family.IPV6
-        key = mask(transaction_id)
-        return bytes((0, family)) + _xor(port.to_bytes(2, "big"), key) + _xor(packed, key)
+        family = b"\0\x01" if len(packed) == 4 else b"\0\x02"
+        plain = port.to_bytes(2, "big") + packed
+        return family + (_xor(plain, transaction_id) if xored else plain)
 
     return Coding(decode, encode)
 
@@ -218,7 +218,9 @@ def _decode_reason(value: bytes) -> str:
         raise DecodeError("reason phrase is not UTF-8") from error
 
 
-def _xor(value: bytes, key: bytes) -> bytes:
-    size = len(value)
-    mixed = int.from_bytes(value, "big") ^ int.from_bytes(key[:size], "big")
+def _xor(port_and_host: bytes, transaction_id: bytes) -> bytes:
+    """Mask, or unmask, a port and the address behind it."""
+    size = len(port_and_host)
+    mask = (_COOKIE[:2] + _COOKIE + transaction_id)[:size]
+    mixed = int.from_bytes(port_and_host, "big") ^ int.from_bytes(mask, "big")
     return mixed.to_bytes(size, "big")

@@ -2,12 +2,12 @@
 
 import hashlib
 import hmac
-import struct
 import zlib
 from typing import Final
 
 INTEGRITY_SIZE: Final = 24  # the attribute with its header: 4 + 20
 FINGERPRINT_SIZE: Final = 8  # 4 + 4
+_HEADER_SIZE: Final = 20
 _FINGERPRINT_XOR: Final = 0x5354554E  # "STUN"
 
 
@@ -16,14 +16,14 @@ def long_term_key(username: str, realm: str, password: str) -> bytes:
     return hashlib.md5(f"{username}:{realm}:{password}".encode(), usedforsecurity=False).digest()
 
 
-def integrity(message: bytes, key: bytes) -> bytes:
+def integrity(message: bytes | bytearray, key: bytes) -> bytes:
     """Return the HMAC-SHA1 for a MESSAGE-INTEGRITY that is to follow *message*.
 
     The header's length is taken to reach the end of that attribute, whatever it
     says: "the length MUST be set to point to the end of MESSAGE-INTEGRITY".
     """
-    length = len(message) - 20 + INTEGRITY_SIZE
-    covered = message[:2] + struct.pack("!H", length) + message[4:]
+    covered = bytearray(message)
+    covered[2:4] = (len(message) - _HEADER_SIZE + INTEGRITY_SIZE).to_bytes(2, "big")
     return hmac.digest(key, covered, "sha1")
 
 
@@ -33,6 +33,6 @@ def verify(message: bytes, integrity_offset: int, key: bytes) -> bool:
     return hmac.compare_digest(received, integrity(message[:integrity_offset], key))
 
 
-def fingerprint(message: bytes) -> int:
+def fingerprint(message: bytes | bytearray) -> int:
     """Return the FINGERPRINT of *message*, whose length field counts that attribute already."""
     return zlib.crc32(message) ^ _FINGERPRINT_XOR

@@ -1,22 +1,18 @@
-"""STUN messages: the header, the walk over the attributes, and back to bytes. RFC 8489 §5, §6."""
+"""STUN messages: written to bytes, and read with all that they hold. RFC 8489 §5, §6."""
 
-import struct
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
-from relay.stun.attributes import BY_TYPE, Attr, Attribute, DecodeError, comprehension_required
-from relay.stun.const import HEADER_SIZE, MAGIC_COOKIE, Kind
+from relay.stun.attributes import BY_TYPE, Attr, Attribute, UndecodableAttribute
+from relay.stun.const import MAGIC_COOKIE, Kind
 from relay.stun.integrity import FINGERPRINT_SIZE, INTEGRITY_SIZE, fingerprint, integrity
+from relay.stun.raw import HEADER, TLV, RawMessage, WrongFingerprint, read, type_of
+
+__all__ = ["Message", "Received", "WrongFingerprint", "decode"]
 
 T = TypeVar("T")
-
-_HEADER: Final = struct.Struct("!HHI12s")  # type, length, magic cookie, transaction id
-_TLV: Final = struct.Struct("!HH")  # type, length without padding
-_KIND_BITS: Final = 0x0110
-
-
-class WrongFingerprint(DecodeError):
-    """FINGERPRINT does not match: not STUN, or damaged on its way."""
+_INTEGRITY_HEADER = TLV.pack(Attr.MESSAGE_INTEGRITY.type, INTEGRITY_SIZE - 4)
+_FINGERPRINT_HEADER = TLV.pack(Attr.FINGERPRINT.type, FINGERPRINT_SIZE - 4)
 
 
 @dataclass(slots=True)
@@ -42,29 +38,28 @@ class Message:
 
     def encode(self, key: bytes | None = None, *, fingerprinted: bool = False) -> bytes:
         """Return the datagram: signed if *key* is given, then closed by a FINGERPRINT if asked."""
-        body = bytearray()
+        transaction_id = self.transaction_id
+        message_type = _message_type(self.kind, self.method)
+        datagram = bytearray(HEADER.pack(message_type, 0, MAGIC_COOKIE, transaction_id))
         for attribute, value in self.attributes:
-            body += _tlv(attribute.type, attribute.coding.encode(value, self.transaction_id))
-        trailer = fingerprinted * FINGERPRINT_SIZE
+            encoded = attribute.coding.encode(value, transaction_id)
+            datagram += TLV.pack(attribute.type, len(encoded)) + encoded
+            datagram += bytes(-len(encoded) % 4)
+        length = len(datagram) - HEADER.size
         if key is not None:
-            trailer += INTEGRITY_SIZE
-        header = _HEADER.pack(
-            _message_type(self.kind, self.method),
-            len(body) + trailer,
-            MAGIC_COOKIE,
-            self.transaction_id,
-        )
-        datagram = header + body
-        if key is not None:
-            datagram += _tlv(Attr.MESSAGE_INTEGRITY.type, integrity(datagram, key))
+            datagram += _INTEGRITY_HEADER + integrity(datagram, key)
+            length += INTEGRITY_SIZE
         if fingerprinted:
-            datagram += _tlv(Attr.FINGERPRINT.type, struct.pack("!I", fingerprint(datagram)))
-        return datagram
+            length += FINGERPRINT_SIZE
+        datagram[2:4] = length.to_bytes(2, "big")
+        if fingerprinted:
+            datagram += _FINGERPRINT_HEADER + fingerprint(datagram).to_bytes(4, "big")
+        return bytes(datagram)
 
 
 @dataclass(slots=True)
 class Received:
-    """A message from the wire, with what its answer depends on besides its content."""
+    """A message from the wire with every attribute decoded, as one wants it who asked for it."""
 
     message: Message
     raw: bytes  # the message as received, without what followed it in the datagram
@@ -75,88 +70,35 @@ class Received:
 
 
 def decode(datagram: bytes) -> Received:
-    """Read a datagram that should be STUN. Bytes after the message are ignored.
-
-    The first occurrence of an attribute counts, unless its row says that it is repeatable;
-    what follows MESSAGE-INTEGRITY is ignored, FINGERPRINT aside (RFC 8489 §14, §14.5).
+    """Read a datagram that should be STUN, and decode all attributes that are in the table.
 
     Raises DecodeError if it is no STUN message, WrongFingerprint if its FINGERPRINT
-    does not match. A bad value within a sound frame raises nothing: the sender of such
-    a request is told, so it is reported as *undecodable*.
+    does not match. A bad value within a sound frame raises nothing: it is left out of the
+    message and reported as *undecodable*.
     """
-    if len(datagram) < HEADER_SIZE:
-        raise DecodeError("shorter than a STUN header")
-    message_type, length, cookie, transaction_id = _HEADER.unpack_from(datagram)
-    if message_type & 0xC000 or cookie != MAGIC_COOKIE:
-        raise DecodeError("not STUN")
-    if length % 4 or length > len(datagram) - HEADER_SIZE:
-        raise DecodeError("length does not match")
-    end = HEADER_SIZE + length
-    received = Received(
-        Message(_kind(message_type), _method(message_type), transaction_id),
-        raw=datagram[:end],
-        integrity_offset=None,
-        fingerprinted=False,
-        unknown=(),
-        undecodable=None,
+    raw = read(datagram)
+    message = Message(Kind(raw.message_class), raw.method, raw.transaction_id)
+    undecodable = _decode_attributes(raw, message)
+    if raw.truncated:
+        undecodable = undecodable or "an attribute runs past the end"
+    return Received(
+        message, raw.raw, raw.integrity_offset, raw.fingerprinted, raw.unknown, undecodable
     )
-    _read_attributes(received)
-    return received
 
 
-def _read_attributes(received: Received) -> None:
-    raw, attributes = received.raw, received.message.attributes
-    transaction_id = received.message.transaction_id
-    unknown: dict[int, None] = {}  # an ordered set: there may be thousands
-    seen: set[Attribute[Any]] = set()
-    offset, end = HEADER_SIZE, len(raw)
-    while offset < end:  # at least four bytes are left: everything is a multiple of four
-        attribute_type, size = _TLV.unpack_from(raw, offset)
-        value = raw[offset + 4 : offset + 4 + size]
-        attribute = BY_TYPE.get(attribute_type)
-        if len(value) < size:
-            if received.integrity_offset is None:
-                received.undecodable = received.undecodable or "an attribute runs past the end"
-            break
-        if attribute is Attr.FINGERPRINT:
-            _check_fingerprint(raw[:offset], value)
-            received.fingerprinted = True
-            break  # it is the last attribute, RFC 8489 §14.7
-        if received.integrity_offset is not None or attribute in seen:
-            pass
-        elif attribute is not None:
-            if not attribute.repeatable:
-                seen.add(attribute)
+def _decode_attributes(raw: RawMessage, message: Message) -> str | None:
+    """Decode what is in the table; return what is wrong with the first that makes no sense."""
+    undecodable = None
+    for key, value in raw.values.items():
+        attribute = BY_TYPE.get(type_of(key))
+        if attribute is not None:
             try:
-                attributes.append((attribute, attribute.coding.decode(value, transaction_id)))
-            except DecodeError as error:
-                received.undecodable = received.undecodable or f"{attribute}: {error}"
-            else:
-                if attribute is Attr.MESSAGE_INTEGRITY:
-                    received.integrity_offset = offset
-        elif comprehension_required(attribute_type):
-            unknown[attribute_type] = None
-        offset += 4 + size + -size % 4
-    received.unknown = tuple(unknown)
-
-
-def _check_fingerprint(covered: bytes, value: bytes) -> None:
-    if value != struct.pack("!I", fingerprint(covered)):
-        raise WrongFingerprint("FINGERPRINT does not match")
+                message.attributes.append((attribute, raw.decoded(attribute, value)))
+            except UndecodableAttribute as error:
+                undecodable = undecodable or str(error)
+    return undecodable
 
 
 def _message_type(kind: Kind, method: int) -> int:
     """Interleave class and method: M11-M7, C1, M6-M4, C0, M3-M0. RFC 8489 §5, Figure 3."""
     return kind | (method & 0x00F) | (method & 0x070) << 1 | (method & 0xF80) << 2
-
-
-def _kind(message_type: int) -> Kind:
-    return Kind(message_type & _KIND_BITS)
-
-
-def _method(message_type: int) -> int:
-    return (message_type & 0x000F) | (message_type & 0x00E0) >> 1 | (message_type & 0x3E00) >> 2
-
-
-def _tlv(attribute_type: int, value: bytes) -> bytes:
-    return _TLV.pack(attribute_type, len(value)) + value + bytes(-len(value) % 4)

@@ -6,7 +6,6 @@ that the relay can check without having seen them before.
 
 import hashlib
 import hmac
-import json
 from base64 import b64encode
 from enum import Enum
 from typing import Final
@@ -18,7 +17,8 @@ REALM: Final = "firezone"
 NONCE_LIFETIME: Final = 3600  # seconds
 _EXPIRY_DIGITS: Final = 20  # as many as 2^64 - 1 has
 _TIMESTAMP_SIZE: Final = 8  # hexadecimal digits
-_MAC_SIZE: Final = 24  # the nonce stays short: it is two fifths of an answer to anyone
+_MAC_SIZE: Final = 12  # bytes, twice as many digits; an answer to anyone must stay short
+REMEMBERED_KEYS: Final = 1024  # usernames; a client's key is wanted for each of its requests
 
 
 class AuthFailure(Enum):
@@ -40,26 +40,34 @@ def mint(expiry: int, salt: str, secret: str) -> tuple[str, str]:
     return f"{expiry}:{salt}", password(str(expiry), salt, secret)
 
 
-def as_json(urls: list[str], username: str, password: str, expiry: int) -> str:
-    """Return a credential as WebRTC's RTCIceServer has it, with its end in Unix time."""
-    credential = {"urls": urls, "username": username, "credential": password, "expires": expiry}
-    return json.dumps(credential)
-
-
 class Authenticator:
-    """Checks usernames and nonces. Holds no state that a request could change."""
+    """Checks usernames and nonces. Keeps a bounded number of keys, and nothing else."""
 
     def __init__(self, secret: str, nonce_key: bytes) -> None:
-        """Take the shared *secret* as it is written, and a random key for the nonces."""
+        """Take the shared *secret* as it is written, and a random key of 32 bytes for nonces."""
         self._secret = secret
         self._nonce_key = nonce_key
+        self._remembered: dict[str, bytes] = {}  # keys that were proven, oldest first
 
     def key(self, username: str) -> bytes | None:
         """Return the long-term key of *username*, expired or not; None if it is malformed."""
+        remembered = self._remembered.get(username)
+        if remembered is not None:
+            return remembered
         expiry, colon, salt = username.partition(":")
         if not colon or not _is_expiry(expiry):
             return None
         return long_term_key(username, REALM, password(expiry, salt, self._secret))
+
+    def remember(self, username: str, key: bytes) -> None:
+        """Keep the key of a user who has proven to know it, for the next requests.
+
+        Of others none is kept: what anyone can send must not push out what clients need.
+        """
+        if username not in self._remembered:
+            if len(self._remembered) >= REMEMBERED_KEYS:
+                del self._remembered[next(iter(self._remembered))]
+            self._remembered[username] = key
 
     def has_expired(self, username: str, unix_now: float) -> bool:
         """Tell if a well-formed *username* is past its expiry, in seconds of Unix time."""
@@ -80,7 +88,8 @@ class Authenticator:
     def _nonce_mac(self, issued: bytes, client: ClientAddress) -> bytes:
         host, port = client[0][:2]
         covered = issued + f" {host} {port}".encode()
-        return hmac.digest(self._nonce_key, covered, "sha256").hex()[:_MAC_SIZE].encode()
+        mac = hashlib.blake2s(covered, key=self._nonce_key, digest_size=_MAC_SIZE)
+        return mac.hexdigest().encode()
 
 
 def _is_expiry(text: str) -> bool:

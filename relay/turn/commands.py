@@ -1,7 +1,8 @@
 """Everything that the server can ask for, and the addresses it speaks of.
 
 Whoever drives the server takes commands with ``Server.next_command`` after each input
-and carries them out in that order.
+and carries them out in that order. Nobody changes one; they are not frozen because that
+makes each of them four times as dear (0.9 instead of 0.2 µs on CPython 3.11).
 """
 
 from dataclasses import dataclass
@@ -23,33 +24,34 @@ PeerAddress = NewType("PeerAddress", Address)
 """A peer: host and port, without flow label or scope."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SendMessage:
-    """Send a STUN message to a client from the listening socket."""
+    """Send a STUN message to a client."""
 
     to: ClientAddress
     message: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OpenPort:
     """Bind a relay port in each family, all or none.
 
-    Answer with ``Server.handle_port_opened`` or ``Server.handle_port_failed``.
+    Answer with ``Server.handle_port_opened`` or ``Server.handle_port_failed`` before any other
+    input.
     """
 
     port: int
     families: tuple[Family, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ClosePort:
     """Give up a relay port that was opened."""
 
     port: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BindChannel:
     """Relay between *client* on channel *number* and *peer* through *port*, both ways."""
 
@@ -61,7 +63,7 @@ class BindChannel:
     reaches_outside: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UnbindChannel:
     """Stop relaying what the same BindChannel started."""
 
@@ -93,7 +95,7 @@ class Drop(Enum):
     WRONG_FINGERPRINT = "wrong_fingerprint"
     NOT_A_REQUEST = "not_a_request"
     PREFIX_RATE = "unauthenticated_rate_per_prefix"  # more answers than its network may get
-    TOTAL_RATE = "unauthenticated_rate"  # more answers than all strangers together may get
+    TOTAL_RATE = "unauthenticated_rate"  # more than all unauthenticated sources together may get
     MALFORMED_CHANNEL_DATA = "malformed_channel_data"
     UNBOUND_CHANNEL = "unbound_channel"
     UNBOUND_PEER = "unbound_peer"

@@ -2,15 +2,18 @@
 
 A relay on the internet that would send anywhere is a way into the network it stands in
 (RFC 8656 §21.1.7, §21.4), so what is not public is refused unless the operator says otherwise.
+
+The rules are compiled to integers: for each family and length of a prefix, longest first, one
+table from prefix to rule. To check a peer costs a look into each, two dozen at most.
 """
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Final
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from typing import Final, NewType
 
-from relay.stun.address import Address, format_endpoint
+from relay.stun.address import Address, family_of, format_endpoint, pack_host, unpack_host
+from relay.stun.const import Family
 
 # The special-purpose registries of IANA, with multicast and the deprecated site-local.
 NOT_PUBLIC: Final = {
@@ -56,35 +59,34 @@ NOT_PUBLIC: Final = {
     "ff00::/8": "multicast",
 }
 
-_WILDCARDS: Final = {4: IPv4Address(0), 6: IPv6Address(0)}
-REMEMBERED_HOSTS: Final = 4096  # for the rules that apply to them
 
-# Prefixes that carry an IPv4 address, and how many bits follow it.
-_IPV4_INSIDE: Final = (
-    (IPv6Network("::ffff:0:0/96"), 0),
-    (IPv6Network("::ffff:0:0:0/96"), 0),
-    (IPv6Network("::/96"), 0),
-    (IPv6Network("64:ff9b::/96"), 0),
-    (IPv6Network("64:ff9b:1::/48"), 0),
-    (IPv6Network("2002::/16"), 80),
+Host = NewType("Host", tuple[Family, int])
+"""A numeric host as its family and the integer that its bytes are."""
+
+_BITS: Final = {Family.IPV4: 32, Family.IPV6: 128}
+_LOOPBACK_IPV4: Final = 127  # the first byte
+_LOOPBACK_IPV6: Final = 1
+
+# IPv6 prefixes that carry an IPv4 address: length, prefix, and how many bits follow the address.
+_CARRIES_IPV4: Final = tuple(
+    (network.prefixlen, int(network.network_address) >> 128 - network.prefixlen, bits_after)
+    for network, bits_after in (
+        (IPv6Network("::ffff:0:0/96"), 0),
+        (IPv6Network("::ffff:0:0:0/96"), 0),
+        (IPv6Network("::/96"), 0),
+        (IPv6Network("64:ff9b::/96"), 0),
+        (IPv6Network("64:ff9b:1::/48"), 0),
+        (IPv6Network("2002::/16"), 80),
+    )
 )
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """A prefix, and whether the peers in it may be reached."""
+    """Whether the peers in a prefix may be reached."""
 
-    version: int
-    prefix: int  # the network's bits, shifted down to its length
-    length: int
     allows: bool
-    by_flag: bool
     text: str  # for the log: what the rule is and how to get around it
-
-    def covers(self, address: IPv4Address | IPv6Address) -> bool:
-        if self.version != address.version:
-            return False
-        return int(address) >> (address.max_prefixlen - self.length) == self.prefix
 
 
 class PeerPolicy:
@@ -103,74 +105,81 @@ class PeerPolicy:
         are all of its host's, which are refused unless a flag says otherwise: what a datagram
         from here may reach on them is what a firewall lets pass within a host.
         """
+        # Of rules for one and the same prefix the last one counts: a flag beats the registries,
+        # and deny beats allow.
         rules = [
-            _rule(
-                cidr,
-                allows=False,
-                by_flag=False,
-                text=f"{cidr} is {kind}; --allow-peer {cidr} would allow it",
-            )
+            (ip_network(cidr), _Rule(allows=False, text=_not_public(cidr, kind)))
             for cidr, kind in NOT_PUBLIC.items()
         ]
         rules += [
-            _rule(cidr, allows=True, by_flag=True, text=f"--allow-peer {cidr}") for cidr in allow
+            (ip_network(cidr), _Rule(allows=True, text=f"--allow-peer {cidr}")) for cidr in allow
         ]
-        rules += [
-            _rule(
-                cidr,
-                allows=False,
-                by_flag=True,
-                text=_denied(cidr),
-            )
-            for cidr in deny
-        ]
-        # The longest prefix wins; then a flag over the registries; then deny over allow.
-        self._rules = sorted(
-            rules, key=lambda rule: (rule.length, rule.by_flag, not rule.allows), reverse=True
-        )
-        self._own = {(ip_address(host), port) for host, port in own}
+        rules += [(ip_network(cidr), _Rule(allows=False, text=_denied(cidr))) for cidr in deny]
+        self._rules = {
+            Family.IPV4: _compile(rules, IPv4Network),
+            Family.IPV6: _compile(rules, IPv6Network),
+        }
+        self._own = {(_host(host), port) for host, port in own}
         self._own_ports = {port for _, port in own}
-        self._own_hosts = {ip_address(host) for host in own_hosts}
-        self._host_refusal = lru_cache(REMEMBERED_HOSTS)(self._judge_host)
+        self._own_hosts = {_host(host) for host in own_hosts}
 
     def refusal(self, peer: Address) -> str | None:
         """Say which rule forbids *peer* and which flag would allow it, or None if it is allowed."""
-        host, port = peer
+        text, port = peer
         if port == 0:
             return "port 0 cannot be sent to"
-        if port in self._own_ports and self._is_own(host, port):
-            return f"{format_endpoint(host, port)} is this relay itself; nothing allows it"
-        return self._host_refusal(host)
+        host = _host(text)
+        if port in self._own_ports and any(self._is_own(one, port) for one in _spellings(host)):
+            return f"{format_endpoint(text, port)} is this relay itself; nothing allows it"
+        for spelling in _spellings(host):
+            refusal = self._host_refusal(spelling)
+            if refusal is not None:
+                return refusal
+        return None
 
-    def _is_own(self, host: str, port: int) -> bool:
+    def _is_own(self, host: Host, port: int) -> bool:
         """Tell if the relay serves there. To a wildcard any loopback address leads, and none."""
-        return any(
-            (spelling, port) in self._own
-            or (
-                (spelling.is_loopback or spelling.is_unspecified)
-                and (_WILDCARDS[spelling.version], port) in self._own
-            )
-            for spelling in _spellings(ip_address(host))
-        )
+        if (host, port) in self._own:
+            return True
+        family, number = host
+        if family is Family.IPV4:
+            leads_to_wildcard = number >> 24 == _LOOPBACK_IPV4 or number == 0
+        else:
+            leads_to_wildcard = number in {_LOOPBACK_IPV6, 0}
+        return leads_to_wildcard and (Host((family, 0)), port) in self._own
 
-    def _judge_host(self, host: str) -> str | None:
-        for spelling in _spellings(ip_address(host)):
-            for rule in self._rules:
-                if rule.covers(spelling):
-                    if not rule.allows:
-                        return rule.text
-                    break
-            else:
-                if spelling in self._own_hosts:
-                    return f"{spelling} is this host; --allow-peer {spelling} would allow it"
+    def _host_refusal(self, host: Host) -> str | None:
+        """Say what the longest rule for a host has against it, if anything."""
+        family, number = host
+        for shift, rules in self._rules[family]:
+            rule = rules.get(number >> shift)
+            if rule is not None:
+                return None if rule.allows else rule.text
+        if host in self._own_hosts:
+            text = unpack_host(number.to_bytes(_BITS[family] // 8, "big"))
+            return f"{text} is this host; --allow-peer {text} would allow it"
         return None
 
 
-def _rule(cidr: str, *, allows: bool, by_flag: bool, text: str) -> _Rule:
-    network = ip_network(cidr)
-    length = network.prefixlen
-    prefix = int(network.network_address) >> (network.max_prefixlen - length)
-    return _Rule(network.version, prefix, length, allows, by_flag, text)
+Rules = list[tuple[int, dict[int, _Rule]]]
+"""By how many bits follow the prefix, fewest first: the rules by prefix."""
+
+
+def _compile(
+    rules: Iterable[tuple[IPv4Network | IPv6Network, _Rule]],
+    kind: type[IPv4Network] | type[IPv6Network],
+) -> Rules:
+    """Sort the rules for networks of one *kind* into tables."""
+    tables: dict[int, dict[int, _Rule]] = {}
+    for network, rule in rules:
+        if isinstance(network, kind):
+            shift = network.max_prefixlen - network.prefixlen
+            tables.setdefault(shift, {})[int(network.network_address) >> shift] = rule
+    return sorted(tables.items())
+
+
+def _not_public(cidr: str, kind: str) -> str:
+    return f"{cidr} is {kind}; --allow-peer {cidr} would allow it"
 
 
 def _denied(cidr: str) -> str:
@@ -180,10 +189,15 @@ def _denied(cidr: str) -> str:
     return f"--deny-peer {cidr}; an --allow-peer for a longer prefix would allow it"
 
 
-def _spellings(address: IPv4Address | IPv6Address) -> Iterator[IPv4Address | IPv6Address]:
-    """Yield the address and whatever IPv4 address is written inside it; each must be allowed."""
-    yield address
-    if isinstance(address, IPv6Address):
-        for network, bits_after in _IPV4_INSIDE:
-            if address in network and int(address) > 1:  # :: and ::1 hold none
-                yield IPv4Address(int(address) >> bits_after & 0xFFFFFFFF)
+def _host(text: str) -> Host:
+    return Host((family_of(text), int.from_bytes(pack_host(text), "big")))
+
+
+def _spellings(host: Host) -> Iterator[Host]:
+    """Yield the host and whatever IPv4 address is written inside it; each must be allowed."""
+    yield host
+    family, number = host
+    if family is Family.IPV6 and number > 1:  # :: and ::1 hold none
+        for length, prefix, bits_after in _CARRIES_IPV4:
+            if number >> 128 - length == prefix:
+                yield Host((Family.IPV4, number >> bits_after & 0xFFFFFFFF))

@@ -20,13 +20,14 @@ from relay.turn.commands import (
     PeerAddress,
     UnbindChannel,
 )
+from relay.turn.ports import FreePorts
 from relay.turn.timerwheel import TimerWheel
 
 CHANNEL_LIFETIME: Final = 600  # seconds. RFC 8656 §12
 CHANNEL_COOLDOWN: Final = 300  # seconds until number and peer are free again. RFC 8656 §12
 
-
-IPV4_SITE: Final = 4  # bytes of an address that tell one site from another
+# Bytes of a client's address by which its allocations are counted.
+IPV4_SITE: Final = 4  # all of it
 IPV6_SITE: Final = 8  # a /64: whoever has one address of it has them all
 
 
@@ -83,11 +84,13 @@ class Allocation:
 class Tables:
     """Every allocation and channel of the relay, by all that they are looked up by."""
 
-    def __init__(self, now: float, commands: deque[Command]) -> None:
+    def __init__(self, now: float, free_ports: FreePorts, commands: deque[Command]) -> None:
         """Begin empty; what changes leaves through *commands*."""
+        self.free_ports = free_ports
         self._by_client: dict[ClientAddress, Allocation] = {}
         self._by_port: dict[int, Allocation] = {}
-        self._by_username: dict[str, list[Allocation]] = {}
+        # A dict serves as an ordered set.
+        self._by_username: dict[str, dict[Allocation, None]] = {}
         self._by_site: Counter[bytes] = Counter()
         self._deadlines: TimerWheel[Allocation | Channel] = TimerWheel(now)
         self._commands = commands
@@ -114,6 +117,10 @@ class Tables:
         """Return the allocations made with a username, oldest first."""
         return list(self._by_username.get(username, ()))
 
+    def count_of_username(self, username: str) -> int:
+        """Return how many allocations were made with a username."""
+        return len(self._by_username.get(username, ()))
+
     def at_site(self, site: bytes) -> int:
         """Return how many allocations the clients of a site have."""
         return self._by_site[site]
@@ -124,12 +131,12 @@ class Tables:
         return self._deadlines.next_deadline
 
     def add(self, allocation: Allocation) -> None:
-        """Enter a new allocation, whose port is open."""
+        """Enter a new allocation, whose port is open and was taken from the free ones."""
         assert allocation.client not in self._by_client
         assert allocation.port not in self._by_port
         self._by_client[allocation.client] = allocation
         self._by_port[allocation.port] = allocation
-        self._by_username.setdefault(allocation.username, []).append(allocation)
+        self._by_username.setdefault(allocation.username, {})[allocation] = None
         self._by_site[site_of(allocation.client[0][0])] += 1
         self._deadlines.schedule(allocation, allocation.expires_at)
         self.sockets += len(allocation.families)
@@ -154,7 +161,7 @@ class Tables:
         del self._by_client[allocation.client]
         del self._by_port[allocation.port]
         namesakes = self._by_username[allocation.username]
-        namesakes.remove(allocation)
+        del namesakes[allocation]
         if not namesakes:
             del self._by_username[allocation.username]
         site = site_of(allocation.client[0][0])
@@ -162,6 +169,7 @@ class Tables:
         if not self._by_site[site]:
             del self._by_site[site]
         self._commands.append(ClosePort(allocation.port))
+        self.free_ports.give_back(allocation.port)
 
     def bind(
         self,
@@ -183,17 +191,17 @@ class Tables:
         channel.state = NEXT[channel.state, Input.BIND]
         self._deadlines.schedule(channel, now + CHANNEL_LIFETIME)
 
-    def judge_peer(
-        self, channel: Channel, judge: Callable[[PeerAddress], bool | None], now: float
+    def recheck_peer(
+        self, channel: Channel, reaches: Callable[[PeerAddress], bool | None], now: float
     ) -> None:
         """Apply changed rules to a channel, if it is bound.
 
-        *judge* tells whether datagrams to a peer may leave this relay; None if it may not be
+        *reaches* tells whether datagrams to a peer may leave this relay; None if it may not be
         reached at all: its channel is unbound, as if its time had come.
         """
         if channel.state is not Binding.BOUND:
             return
-        reaches_outside = judge(channel.peer)
+        reaches_outside = reaches(channel.peer)
         if reaches_outside is None:
             self._expire_channel(channel, now)
         elif reaches_outside is not channel.reaches_outside:
@@ -237,9 +245,7 @@ class Tables:
         allocations = list(self._by_client.values())
         assert {a.client for a in allocations} == set(self._by_client)
         assert {a.port: a for a in allocations} == self._by_port
-        assert sorted(map(id, allocations)) == sorted(
-            id(a) for namesakes in self._by_username.values() for a in namesakes
-        )
+        assert set(allocations) == {a for some in self._by_username.values() for a in some}
         assert all(
             namesakes and all(a.username == username for a in namesakes)
             for username, namesakes in self._by_username.items()
@@ -251,6 +257,7 @@ class Tables:
                 assert channel.client == allocation.client
                 assert channel.port == allocation.port
                 assert channel.state is not Binding.GONE
+        self.free_ports.check(taken=self._by_port)
         assert self._by_site == Counter(site_of(a.client[0][0]) for a in allocations)
         assert self.sockets == sum(len(a.families) for a in allocations)
         assert self.channels == sum(len(a.channels) for a in allocations)

@@ -126,7 +126,7 @@ def test_from_a_peer(train: tuple[int, list[int]], takes: int, name: str) -> Non
         peer = peers.get(name) or setting.relay.peer("198.51.100.99:9000")
         relayed_address = setting.alice.relayed_addresses[1 if peer is setting.six else 0]
         if setting is at_once:
-            setting.relay.receives_train_from_peer(
+            setting.relay.receives_segments_from_peer(
                 b"".join(datagrams), size, peer.address, relayed_address
             )
         else:
@@ -223,7 +223,7 @@ def test_a_train_to_a_peer_is_sent_at_once(setting: Setting) -> None:
     assert setting.relay.sent() == [
         relayed(setting.alice, setting.bob, payload) for payload in payloads
     ]
-    assert setting.relay.network.trains == [32]
+    assert setting.relay.network.at_once == [32]
     assert setting.relay.counters.trains == {32: 1}
     assert setting.relay.counters.to_peer == {160: 31, 4: 1}
 
@@ -236,7 +236,7 @@ def test_a_train_to_a_client_is_sent_at_once(setting: Setting) -> None:
     assert setting.relay.sent() == [
         to(setting.alice, channel_data(TO_BOB, payload)) for payload in payloads
     ]
-    assert setting.relay.network.trains == [32]
+    assert setting.relay.network.at_once == [32]
     assert setting.relay.counters.trains == {32: 1}
     assert setting.relay.counters.to_client == {1200: 31, 4: 1}
 
@@ -249,7 +249,7 @@ def test_a_train_between_two_clients_of_this_relay_is_sent_at_once(setting: Sett
     assert setting.relay.sent() == [
         to(setting.carol, channel_data(0x4FFF, payload)) for payload in payloads
     ]
-    assert setting.relay.network.trains == [10]
+    assert setting.relay.network.at_once == [10]
     assert setting.relay.counters.to_peer == {100: 10}
     assert setting.relay.counters.to_client == {100: 10}
 
@@ -279,13 +279,15 @@ def test_a_train_that_is_lost_is_not_counted_as_relayed(setting: Setting) -> Non
 
 
 def arrives_from_client(setting: Setting, size: int, datagrams: list[bytes]) -> None:
-    setting.relay.receives_train_from_client(b"".join(datagrams), size, setting.alice.address)
+    setting.relay.receives_segments_from_client(b"".join(datagrams), size, setting.alice.address)
 
 
 def arrives_from_peer(
     relay: Scenario, size: int, payloads: list[bytes], peer: Peer, client: Client
 ) -> None:
-    relay.receives_train_from_peer(b"".join(payloads), size, peer.address, client.relayed_address)
+    relay.receives_segments_from_peer(
+        b"".join(payloads), size, peer.address, client.relayed_address
+    )
 
 
 def binding_request(length: int, number: int) -> bytes:

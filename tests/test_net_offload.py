@@ -12,18 +12,9 @@ from typing import Any
 
 import pytest
 
-from relay.net.offload import Offload, TrainSender
-from relay.net.reactor import Reactor
-from relay.net.udp import (
-    BURST,
-    READ_BUDGET,
-    TRAIN_BUDGET,
-    ListeningSocket,
-    RelaySocket,
-    WildcardSocket,
-    adopt,
-    bind_udp,
-)
+from relay.net.listening import ListeningSocket, WildcardSocket, adopt
+from relay.net.offload import Offload, SegmentSender
+from relay.net.udp import BURST, READ_BUDGET, SEGMENTED_BUDGET, UdpSocket, bind_udp
 
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104  # <linux/udp.h>
 WILDCARDS = {"127.0.0.1": "0.0.0.0", "::1": "::"}
@@ -33,7 +24,7 @@ every_host = pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 
 
 class Receiver:
-    """A socket under test, and what it handed over. Its turns are given by hand."""
+    """A socket under test, and what it handed over. It reads when told to."""
 
     def __init__(self, kind: str, host: str, stack: ExitStack, *, offload: bool = True) -> None:
         self._buffer = bytearray(65535)
@@ -43,41 +34,38 @@ class Receiver:
         )
         self.address = (host, self._sock.getsockname()[1])
         wanted = Offload(wanted=offload)
-        self.under_test: RelaySocket | ListeningSocket
-        if kind == "relay":
-            reactor = Reactor()
-            stack.callback(reactor.close)
-            self.under_test = RelaySocket(self._sock, view, unexpected, wanted, reactor)
-        elif kind == "bound":
-            self.under_test = ListeningSocket(self._sock, view, unexpected, wanted)
-        else:
-            self.under_test = WildcardSocket(self._sock, view, unexpected, wanted)
+        kinds: dict[str, type[UdpSocket]] = {
+            "port": UdpSocket,
+            "bound": ListeningSocket,
+            "wildcard": WildcardSocket,
+        }
+        self.under_test = kinds[kind](self._sock, view, unexpected, wanted, self)
         self.reads: list[int] = []  # how many datagrams each of them held
-        self.taken_apart = 0  # what is said of each train
+        self.handled_singly = 0  # what is said of the segments of each read
         self.datagrams: list[bytes] = []
         self.sources: set[Any] = set()
 
-    def takes_a_turn(self) -> list[int]:
+    def reads_once(self) -> list[int]:
         """Return how many datagrams each read held."""
         self.reads = []
-        self.under_test.receive(self._on_datagram, self._on_train)
+        self.under_test.on_readable()
         return self.reads
 
     def takes_all(self) -> list[int]:
         reads = []
         while select.select([self._sock], [], [], 0)[0]:
-            reads += self.takes_a_turn()
+            reads += self.reads_once()
         return reads
 
-    def _on_datagram(self, size: int, source: Any) -> None:
+    def on_datagram(self, size: int, source: Any) -> None:
         self._take([bytes(self._buffer[:size])], source)
 
-    def _on_train(self, size: int, segment: int, source: Any) -> int:
+    def on_segments(self, size: int, segment: int, source: Any) -> int:
         assert segment < size
         self._take(
             [bytes(self._buffer[at:size][:segment]) for at in range(0, size, segment)], source
         )
-        return self.taken_apart
+        return self.handled_singly
 
     def _take(self, datagrams: list[bytes], source: Any) -> None:
         self.reads.append(len(datagrams))
@@ -135,14 +123,14 @@ def test_a_wildcard_socket_reads_trains_from_the_start(host: str, stack: ExitSta
 
 
 @every_host
-@pytest.mark.parametrize("kind", ["relay", "bound"])
+@pytest.mark.parametrize("kind", ["port", "bound"])
 def test_other_sockets_read_trains_after_a_burst(kind: str, host: str, stack: ExitStack) -> None:
     """What is in the queue meanwhile stays single, and nothing changes its place."""
     receiver, sender = Receiver(kind, host, stack), Sender(host, stack)
     sender.sends_train(32, receiver.address)
     sender.sends_train(32, receiver.address)
 
-    assert receiver.takes_a_turn() == [1] * READ_BUDGET
+    assert receiver.reads_once() == [1] * READ_BUDGET
     sender.sends_train(32, receiver.address, last=7)
     assert receiver.takes_all() == [1] * 32 + [33]
     sender.sends(1, receiver.address)
@@ -151,10 +139,10 @@ def test_other_sockets_read_trains_after_a_burst(kind: str, host: str, stack: Ex
     assert receiver.datagrams == sender.sent
     assert len(receiver.sources) == 1
     address = sender.socket.getsockname()
-    assert receiver.sources == {address[:2] if kind == "relay" else (address, b"")}
+    assert receiver.sources == {address[:2] if kind == "port" else (address, b"")}
 
 
-@pytest.mark.parametrize("kind", ["relay", "bound"])
+@pytest.mark.parametrize("kind", ["port", "bound"])
 @pytest.mark.parametrize(
     ("count", "others", "is_a_burst"),
     [
@@ -182,7 +170,7 @@ def test_what_counts_as_a_burst(
     assert receiver.datagrams == sender.sent
 
 
-@pytest.mark.parametrize("kind", ["relay", "bound", "wildcard"])
+@pytest.mark.parametrize("kind", ["port", "bound", "wildcard"])
 def test_without_offload_no_train_is_read(kind: str, stack: ExitStack) -> None:
     receiver = Receiver(kind, "127.0.0.1", stack, offload=False)
     sender = Sender("127.0.0.1", stack)
@@ -193,16 +181,16 @@ def test_without_offload_no_train_is_read(kind: str, stack: ExitStack) -> None:
     assert receiver.datagrams == sender.sent
 
 
-@pytest.mark.parametrize("kind", ["relay", "bound", "wildcard"])
+@pytest.mark.parametrize("kind", ["port", "bound", "wildcard"])
 def test_a_socket_full_of_trains_leaves_time_to_others(kind: str, stack: ExitStack) -> None:
     receiver, sender = Receiver(kind, "127.0.0.1", stack), Sender("127.0.0.1", stack)
     sender.sends(READ_BUDGET, receiver.address)
     receiver.takes_all()
 
-    for _ in range(TRAIN_BUDGET + 1):
+    for _ in range(SEGMENTED_BUDGET + 1):
         sender.sends_train(64, receiver.address)
 
-    assert receiver.takes_a_turn() == [64] * TRAIN_BUDGET
+    assert receiver.reads_once() == [64] * SEGMENTED_BUDGET
     assert receiver.takes_all() == [64]
 
 
@@ -210,7 +198,7 @@ def test_a_socket_full_of_trains_leaves_time_to_others(kind: str, stack: ExitSta
 
 
 @every_host
-@pytest.mark.parametrize("kind", ["relay", "bound", "wildcard"])
+@pytest.mark.parametrize("kind", ["port", "bound", "wildcard"])
 @pytest.mark.parametrize(
     ("size", "count", "last"),
     [
@@ -236,7 +224,7 @@ def test_trains_arrive_as_datagrams(
     for datagram in datagrams:
         pieces += (datagram[:1], memoryview(datagram)[1:])
 
-    sent = receiver.under_test.send_train(pieces, 2, size, receiver.sources.pop())
+    sent = receiver.under_test.reach(receiver.sources.pop()).send_many(pieces, 2, size)
 
     assert sent == len(datagrams)
     assert sender.receives(len(datagrams)) == datagrams
@@ -249,17 +237,18 @@ def test_a_wildcard_socket_sends_trains_from_the_address_that_was_asked(stack: E
     sender.sends(1, asked)
     receiver.takes_all()
 
-    receiver.under_test.send_train([b"one", b"two"], 1, 3, receiver.sources.pop())
+    receiver.under_test.reach(receiver.sources.pop()).send_many([b"one", b"two"], 1, 3)
 
     assert [sender.socket.recvfrom(10) for _ in range(2)] == [(b"one", asked), (b"two", asked)]
 
 
 def test_a_train_is_one_call(stack: ExitStack) -> None:
     """Seen by a receiver that has the kernel merge."""
-    receiver, sender = Receiver("relay", "127.0.0.1", stack), Sender("127.0.0.1", stack)
+    receiver, sender = Receiver("port", "127.0.0.1", stack), Sender("127.0.0.1", stack)
     sender.socket.setsockopt(SOL_UDP, UDP_GRO, 1)
 
-    receiver.under_test.send_train([bytes(SIZE)] * 65, 1, SIZE, sender.socket.getsockname())
+    to_sender = receiver.under_test.reach(sender.socket.getsockname())
+    to_sender.send_many([bytes(SIZE)] * 65, 1, SIZE)
 
     assert [len(train) for train in sender.receives(2)] == [64 * SIZE, SIZE]
 
@@ -316,7 +305,7 @@ def test_how_long_is_too_long_is_known_by_host_and_asked_again_some_day() -> Non
 def test_with_offload_off_no_train_is_sent() -> None:
     sock: Any = Kernel()
 
-    assert TrainSender(sock, Offload(wanted=False)).send([b"x"] * 2, 1, 1, ("192.0.2.1", 9)) == 0
+    assert SegmentSender(sock, Offload(wanted=False)).send([b"x"] * 2, 1, 1, ("192.0.2.1", 9)) == 0
     assert sock.sizes == []
 
 
@@ -330,18 +319,14 @@ def test_a_socket_that_had_trains_before_us_is_read_as_such(
     sock.bind((host, 0))
     sock.setsockopt(SOL_UDP, UDP_GRO, 1)
     buffer = memoryview(bytearray(65536))
-    listener = adopt(sock, buffer, unexpected, Offload(wanted=wanted))
+    inbox = SegmentsOnly()
+    listener = adopt(sock, buffer, unexpected, Offload(wanted=wanted), inbox)
     sender = Sender("127.0.0.1", stack)
-    trains: list[tuple[int, int]] = []
-
-    def on_train(size: int, segment: int, _client: Any) -> int:
-        trains.append((size, segment))
-        return 0
 
     sender.sends_train(8, ("127.0.0.1", listener.address[1]))
-    listener.receive(lambda *_: pytest.fail("a datagram"), on_train)
+    listener.on_readable()
 
-    assert trains == [(8 * SIZE, SIZE)]
+    assert inbox.reads == [(8 * SIZE, SIZE)]
     assert listener.sockets == [listener]  # what systemd said of it goes for no other
 
 
@@ -351,9 +336,9 @@ def test_a_train_that_was_taken_apart_ends_the_turn(stack: ExitStack) -> None:
     for _ in range(3):
         sender.sends_train(8, receiver.address)
 
-    receiver.taken_apart = 8
+    receiver.handled_singly = 8
 
-    assert [receiver.takes_a_turn() for _ in range(3)] == [[8], [8], [8]]
+    assert [receiver.reads_once() for _ in range(3)] == [[8], [8], [8]]
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP])
@@ -391,8 +376,8 @@ def test_a_kernel_without_udp_gro_is_asked_once(caplog: pytest.LogCaptureFixture
     offload = Offload(wanted=True)
     sock: Any = Kernel()
 
-    assert not offload.receive_trains(sock)
-    assert not offload.receive_trains(sock)
+    assert not offload.enable_gro(sock)
+    assert not offload.enable_gro(sock)
     assert sock.options == 1
     assert [record.getMessage() for record in caplog.records] == [
         "no UDP_GRO (Protocol not available): datagrams are read one by one"
@@ -410,12 +395,26 @@ def test_several_sockets_with_the_same_trouble_log_it_once(
     assert len(caplog.records) == 1
 
 
-def sender_of(kernel: Kernel, offload: Offload | None = None) -> TrainSender:
+class SegmentsOnly:
+    """Takes segments, and notes the size of all and of each."""
+
+    def __init__(self) -> None:
+        self.reads: list[tuple[int, int]] = []
+
+    def on_datagram(self, *_: object) -> None:
+        pytest.fail("a datagram")
+
+    def on_segments(self, size: int, segment: int, _client: object) -> int:
+        self.reads.append((size, segment))
+        return 0
+
+
+def sender_of(kernel: Kernel, offload: Offload | None = None) -> SegmentSender:
     sock: Any = kernel
-    return TrainSender(sock, offload or Offload(wanted=True))
+    return SegmentSender(sock, offload or Offload(wanted=True))
 
 
-def send(sender: TrainSender, size: int) -> int:
+def send(sender: SegmentSender, size: int) -> int:
     return sender.send([bytes(size)] * 2, 1, size, ("192.0.2.10", 5000))
 
 

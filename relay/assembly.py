@@ -1,0 +1,315 @@
+"""From a ``Config`` to the parts of a relay, connected. What they then do is not decided here."""
+
+import errno
+import logging
+import os
+import platform
+import random
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from relay.config.model import Config, ConfigError
+from relay.datapath.clientside import NotServing
+from relay.datapath.datapath import DataPath
+from relay.datapath.destination import Destination, Workspace
+from relay.host import systemd
+from relay.host.inherited import inherited_listeners
+from relay.host.limits import raise_descriptor_limit
+from relay.host.sandbox import name_thread
+from relay.host.supervision import Supervision
+from relay.net.addresses import WILDCARDS, is_local, local_addresses
+from relay.net.listening import ListeningSocket, adopt, listen
+from relay.net.mailbox import Mailbox
+from relay.net.offload import Offload
+from relay.net.reactor import Reactor, log_bug
+from relay.net.udp import USUAL_LOSSES, PortOpener
+from relay.observe.counters import Counters
+from relay.observe.http import HealthServer
+from relay.observe.monitor import QUEUE_FULL, Monitor
+from relay.portal.client import PortalClient
+from relay.portal.endpoint import endpoint
+from relay.portal.phoenix import PortalEvent
+from relay.stun.address import family_of, format_endpoint
+from relay.stun.const import Family
+from relay.turn.auth import Authenticator, AuthFailure
+from relay.turn.commands import ClientAddress, Drop
+from relay.turn.peers import PeerPolicy
+from relay.turn.server import Server
+from relay.turn.settings import Settings
+from relay.version import __version__
+
+logger = logging.getLogger("relay.daemon")
+
+SPARE_DESCRIPTORS: Final = 32  # for everything but relay ports and HTTP
+HTTP_DESCRIPTORS: Final = 288
+MAX_CHANNELS: Final = 1 << 18  # at about 1,200 bytes each
+
+# What is worth a 0 before it is counted.
+KNOWN_DROPS: Final = (*(reason.value for reason in Drop), *USUAL_LOSSES, QUEUE_FULL)
+KNOWN_AUTH_FAILURES: Final = tuple(reason.value for reason in AuthFailure)
+
+
+class DaemonError(Exception):
+    """The relay cannot start, or cannot go on. *exit_code* is the one to end with."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(slots=True)
+class Parts:
+    """The parts of a relay. Its sockets are bound; nothing of it runs yet."""
+
+    reactor: Reactor
+    mailbox: Mailbox[PortalEvent]
+    counters: Counters
+    listeners: dict[Family, ListeningSocket]
+    server: Server
+    datapath: DataPath
+    monitor: Monitor
+    supervision: Supervision
+    health: HealthServer | None
+    portal: PortalClient | None
+    max_sockets: int  # for relay ports: what the limit of open files leaves
+    secret: str  # of which credentials are made
+    salt: str  # for the credential that is made at start
+
+    def close(self) -> None:
+        """Close every socket and end every thread."""
+        if self.portal is not None:
+            self.portal.stop()
+        if self.health is not None:
+            self.health.stop()
+        self.datapath.close()
+        for listener in self.listeners.values():
+            listener.close()
+        self.mailbox.close()
+        self.reactor.close()
+        self.supervision.close()
+
+
+def assemble(config: Config, on_portal_event: Callable[[PortalEvent], None]) -> Parts:
+    """Bind the listening sockets and build everything behind them.
+
+    Raises DaemonError if the system refuses something, ConfigError for what systemd hands over.
+    """
+    counters = Counters(KNOWN_DROPS)
+    reactor = Reactor(on_bug=partial(_on_bug, counters))
+    mailbox: Mailbox[PortalEvent] = Mailbox(on_portal_event)
+    rng = secrets.SystemRandom() if config.rng_seed is None else _seeded(config.rng_seed)
+    secret, salt = config.relay_secret or rng.randbytes(32).hex(), rng.randbytes(8).hex()
+    descriptors = raise_descriptor_limit()
+
+    offload = Offload(wanted=config.offload)
+    workspace = Workspace(counters)
+    listeners = _listeners(config, workspace, offload)
+    listening = [sock for listener in listeners.values() for sock in listener.sockets]
+    max_sockets = descriptors - _other_descriptors(config, len(listening))
+    server = Server(
+        settings_of(config, max_sockets),
+        authenticator=Authenticator(secret, nonce_key=rng.randbytes(32)),
+        peer_policy=peer_policy_of(config),
+        randbelow=rng.randrange,
+        now=reactor.clock(),
+    )
+    _check_descriptors(config, max_sockets, descriptors)
+    relay_hosts = {int(family): _relay_host(config, family) for family in config.public_hosts}
+    opener = PortOpener(reactor, relay_hosts, workspace.for_peers, counters.lost, offload)
+    datapath = DataPath(
+        server,
+        workspace,
+        reach_client=partial(_reach_client, listeners),
+        open_socket=opener.open,
+        public_hosts=config.public_hosts,
+        relay_ports=config.ports,
+        channel_numbers=config.channel_numbers,
+        timers=reactor,
+        unix_clock=time.time,
+        is_relay_host=partial(_is_relay_host, relay_hosts),
+    )
+    for sock in listening:
+        reactor.register(sock, sock.on_readable, comes_first=True)
+    reactor.register(mailbox, mailbox.deliver, comes_first=True)
+    monitor = Monitor(server, counters, reactor, listening, KNOWN_AUTH_FAILURES)
+    return Parts(
+        reactor=reactor,
+        mailbox=mailbox,
+        counters=counters,
+        listeners=listeners,
+        server=server,
+        datapath=datapath,
+        monitor=monitor,
+        supervision=_supervision(reactor, monitor),
+        health=_health_server(config, monitor),
+        portal=None if config.token is None else _portal_client(config, secret, mailbox),
+        max_sockets=max_sockets,
+        secret=secret,
+        salt=salt,
+    )
+
+
+def settings_of(config: Config, max_sockets: int) -> Settings:
+    """Return what the server is to know, at start and after a reload."""
+    return Settings(
+        public_hosts=config.public_hosts,
+        ports=config.ports,
+        listen_port=config.listen_port,
+        max_allocations=config.max_allocations or len(config.ports),
+        max_sockets=max_sockets,
+        max_channels=MAX_CHANNELS,
+        channel_numbers=config.channel_numbers,
+        one_allocation_per_username=config.allows_takeover,
+        max_allocations_per_username=config.max_allocations_per_username,
+        max_allocations_per_ip=config.max_allocations_per_ip,
+        unauthenticated_rate_per_prefix=config.unauthenticated_rate_per_prefix,
+        unauthenticated_rate=config.unauthenticated_rate,
+        software=config.software,
+    )
+
+
+def peer_policy_of(config: Config) -> PeerPolicy:
+    """Return which peers may be reached, with this host's addresses as they are now."""
+    own_hosts = {*config.public_hosts.values(), *config.bind_hosts.values(), *local_addresses()}
+    own = {(host, config.listen_port) for host in own_hosts}
+    if config.http_addr is not None:
+        host, port = config.http_addr
+        own |= {(one, port) for one in ({host, *own_hosts} if host in WILDCARDS else {host})}
+    return PeerPolicy(config.allow_peers, config.deny_peers, own=own, own_hosts=own_hosts)
+
+
+def _on_bug(counters: Counters, error: Exception) -> None:
+    counters.bugs += 1
+    log_bug(error)
+
+
+def _seeded(seed: int) -> random.Random:
+    logger.warning("rng-seed is set: secrets, nonces and ports can be predicted")
+    return random.Random(seed)  # noqa: S311 - asked for, and warned about
+
+
+# --- Sockets ---------------------------------------------------------------------------------
+
+
+def _listeners(
+    config: Config, workspace: Workspace, offload: Offload
+) -> dict[Family, ListeningSocket]:
+    """Open a socket for the clients of each family: one that systemd hands over, or our own.
+
+    Until somebody else is to receive what they read, all of that is dropped.
+    """
+    try:
+        handed_over = {
+            family_of(sock.getsockname()[0]): sock
+            for sock in inherited_listeners(config.listen_port).values()
+        }
+    except systemd.ActivationError as error:
+        raise ConfigError(f"systemd: {error}") from error
+    behind = (workspace.view, workspace.counters.lost, offload, NotServing(workspace))
+    listeners: dict[Family, ListeningSocket] = {}
+    for family in [family for family in config.bind_hosts if family in handed_over]:
+        try:
+            listeners[family] = adopt(handed_over.pop(family), *behind)
+        except ValueError as error:
+            raise ConfigError(f"systemd has handed over {error}") from error
+    for family, sock in handed_over.items():
+        logger.info("not listening for %s: there is no public address of it", family.name)
+        sock.close()
+    for family, host in config.bind_hosts.items():
+        if family not in listeners:
+            try:
+                listeners[family] = listen(host, config.listen_port, *behind)
+            except OSError as error:
+                where = format_endpoint(host, config.listen_port)
+                raise DaemonError(
+                    os.EX_CANTCREAT if error.errno == errno.EADDRINUSE else os.EX_OSERR,
+                    f"cannot listen on {where} (UDP): {error.strerror}",
+                ) from error
+    return listeners
+
+
+def _reach_client(listeners: dict[Family, ListeningSocket], client: ClientAddress) -> Destination:
+    return listeners[family_of(client[0][0])].reach(client)
+
+
+def _relay_host(config: Config, family: Family) -> str:
+    """Choose where relay ports are bound: peers must see them at the public address.
+
+    On a host with several addresses only binding to it makes the kernel send from it.
+    Behind a 1:1 NAT it is not ours to bind, and the listening address has to do.
+    """
+    public, bind = config.public_hosts[family], config.bind_hosts[family]
+    return public if bind in WILDCARDS and is_local(public) else bind
+
+
+def _is_relay_host(relay_hosts: dict[int, str], host: str) -> bool:
+    """Tell if relay ports send from *host*: the one they are bound to, or any of ours."""
+    bound = relay_hosts[family_of(host)]
+    return is_local(host) if bound in WILDCARDS else host == bound
+
+
+def _other_descriptors(config: Config, listening: int) -> int:
+    """Return how many descriptors have to be left for what is no relay port."""
+    return listening + SPARE_DESCRIPTORS + (HTTP_DESCRIPTORS if config.http_addr else 0)
+
+
+def _check_descriptors(config: Config, max_sockets: int, descriptors: int) -> None:
+    """Say how many allocations the limit of open files leaves room for, if it bounds them."""
+    settings = settings_of(config, max_sockets)
+    room = max_sockets // len(settings.public_hosts)
+    limit = f"the limit of open files is {descriptors} (ulimit -Hn, LimitNOFILE=)"
+    if room < 1:
+        raise DaemonError(os.EX_OSERR, f"no allocation would be possible: {limit}")
+    if room < min(settings.max_allocations, len(settings.ports)):
+        logger.info("there is room for %d allocations of all families: %s", room, limit)
+
+
+# --- Around them -----------------------------------------------------------------------------
+
+
+def _supervision(reactor: Reactor, monitor: Monitor) -> Supervision:
+    watchdog = systemd.watchdog_interval(os.environ, os.getpid())
+    return Supervision(systemd.Notifier(os.environ), watchdog, reactor, monitor.line)
+
+
+def _health_server(config: Config, monitor: Monitor) -> HealthServer | None:
+    address = config.http_addr
+    if address is None:
+        return None
+    try:
+        return HealthServer(
+            *address,
+            monitor.status,
+            version=__version__,
+            on_start=partial(name_thread, "health"),
+        )
+    except OSError as error:
+        in_use = error.errno == errno.EADDRINUSE
+        problem = f"cannot serve HTTP on {format_endpoint(*address)}: {error.strerror}"
+        if config.http_addr_given:
+            raise DaemonError(os.EX_CANTCREAT if in_use else os.EX_OSERR, problem) from error
+        logger.warning("%s; there is no health check and no metrics", problem)
+        return None
+
+
+def _portal_client(config: Config, secret: str, mailbox: Mailbox[PortalEvent]) -> PortalClient:
+    assert config.token is not None
+    parameters = {
+        "name": config.name,
+        "ipv4": config.public_ip4,
+        "ipv6": config.public_ip6,
+        "port": config.listen_port,
+    }
+    return PortalClient(
+        endpoint(config.api_url, parameters),
+        token=config.token,
+        secret=secret,
+        # The portal looks for a word that begins with relay/.
+        user_agent=f"{platform.system()}/{platform.release()} relay/{__version__}",
+        post=mailbox.post,
+        on_start=partial(name_thread, "portal"),
+    )

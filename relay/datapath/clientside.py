@@ -1,0 +1,133 @@
+"""What clients send: ChannelData goes to its peer, STUN to the server."""
+
+from collections.abc import Callable
+from typing import Final
+
+from relay.datapath.destination import Destination, Pieces, Workspace
+from relay.datapath.relayport import RelayPorts
+from relay.turn.channeldata import HEADER, HEADER_SIZE, parse
+from relay.turn.commands import ClientAddress, Drop
+
+# STUN over UDP stays below the MTU (RFC 8489 §6.1); longer messages only cost time to read.
+LARGEST_STUN: Final = 2048
+LAST_STUN_BYTE: Final = 0x03  # a first byte up to this one is STUN. RFC 8656 §12
+FIRST_CHANNEL_BYTE: Final = 0x40
+_NEITHER: Final = 0xFF  # a first byte that is neither STUN nor ChannelData
+_unpack_from = HEADER.unpack_from
+
+OnRequest = Callable[[bytes, ClientAddress], Drop | None]
+"""Serves a STUN datagram; returns why it was dropped, or None."""
+
+
+class ClientSide:
+    """Receives what clients send. Their datagrams lie at the start of the buffer."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        to_peer: dict[tuple[ClientAddress, int], Destination],
+        ports: RelayPorts,
+        on_request: OnRequest,
+        channel_numbers: range,
+    ) -> None:
+        """Relay by the routes *to_peer*; hand STUN to *on_request*."""
+        self._workspace = workspace
+        self._buffer = workspace.buffer
+        self._view = workspace.view
+        self._sizes = workspace.counters.to_peer
+        self._to_peer = to_peer
+        self._ports = ports
+        self._on_request = on_request
+        self._last_channel_byte = channel_numbers[-1] >> 8
+
+    def on_datagram(self, size: int, client: ClientAddress) -> None:
+        """Serve a datagram of *size* bytes."""
+        if size >= HEADER_SIZE:
+            number, length = _unpack_from(self._buffer)
+            peer = self._to_peer.get((client, number))
+            if peer is not None and length + HEADER_SIZE <= size:
+                if peer.send(self._view[HEADER_SIZE : HEADER_SIZE + length]):
+                    self._sizes[length] += 1
+                return
+        self._on_other(size, client)
+
+    def on_segments(self, size: int, segment: int, client: ClientAddress) -> int:
+        """Serve datagrams that lie end to end, *size* bytes in all.
+
+        Each is of *segment* bytes; the last may be shorter. Returns how many of them had to be
+        handled singly.
+        """
+        relayed = self._relay_many(size, segment, client)
+        left = range(relayed * segment, size, segment)
+        for start in left:
+            datagram = self._view[start : min(start + segment, size)]
+            self._view[: len(datagram)] = datagram
+            self.on_datagram(len(datagram), client)
+        return len(left)
+
+    def _relay_many(self, size: int, segment: int, client: ClientAddress) -> int:
+        """Relay segments that are alike; return how many of them were, from the first on.
+
+        They are alike if each is ChannelData of one channel and length.
+        """
+        buffer, view = self._buffer, self._view
+        count = size // segment
+        whole = count * segment
+        for start in range(HEADER_SIZE):
+            if buffer[start:whole:segment].count(buffer[start]) != count:
+                return 0
+        frame = parse(buffer, segment) if count else None
+        if frame is None or not frame[1]:  # nothing in it that UDP_SEGMENT could cut
+            return 0
+        number, length = frame
+        peer = self._to_peer.get((client, number))
+        if peer is None:
+            return 0
+        payloads: Pieces = [view[at : at + length] for at in range(HEADER_SIZE, whole, segment)]
+        last = parse(view[whole:], size - whole)
+        if last is not None and last[0] == number and 0 < last[1] <= length:
+            payloads.append(view[whole + HEADER_SIZE : whole + HEADER_SIZE + last[1]])
+        sent = peer.send_many(payloads, 1, length)
+        self._workspace.count_many(self._sizes, sent, payloads, length)
+        return sent
+
+    def _on_other(self, size: int, client: ClientAddress) -> None:
+        """Serve STUN; drop whatever else it is that cannot be relayed."""
+        drop: Drop | None
+        first = self._buffer[0] if size else _NEITHER
+        if FIRST_CHANNEL_BYTE <= first <= self._last_channel_byte:
+            is_malformed = parse(self._buffer, size) is None
+            drop = Drop.MALFORMED_CHANNEL_DATA if is_malformed else Drop.UNBOUND_CHANNEL
+        elif first <= LAST_STUN_BYTE:
+            drop = self._on_stun(size, client)
+        else:
+            drop = Drop.UNKNOWN_PROTOCOL
+        if drop is not None:
+            self._workspace.drop(drop)
+
+    def _on_stun(self, size: int, client: ClientAddress) -> Drop | None:
+        host, port = client[0][:2]
+        if port == 0:  # no answer could reach it
+            return Drop.NO_SOURCE_PORT
+        if size > LARGEST_STUN:
+            return Drop.OVERSIZED_STUN
+        if self._ports.is_source((host, port)):
+            # Or a client could stack allocations into a loop. RFC 8656 §21.1.7
+            return Drop.FROM_ITSELF
+        return self._on_request(bytes(self._view[:size]), client)
+
+
+class NotServing:
+    """Receives what clients send before anybody may be served: all of it is dropped."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+
+    def on_datagram(self, _size: int, _client: ClientAddress) -> None:
+        """Drop a datagram."""
+        self._workspace.drop(Drop.NOT_SERVING)
+
+    def on_segments(self, size: int, segment: int, _client: ClientAddress) -> int:
+        """Drop datagrams of *segment* bytes, *size* bytes in all."""
+        self._workspace.counters.dropped[Drop.NOT_SERVING.value] += -(-size // segment)
+        return 0

@@ -1,0 +1,45 @@
+"""The data path as one thing: its parts, put together."""
+
+from collections.abc import Callable, Mapping
+
+from relay.datapath.clientside import ClientSide
+from relay.datapath.control import Control, Timers
+from relay.datapath.destination import Workspace
+from relay.datapath.relayport import OpenSocket, RelayPorts
+from relay.datapath.routes import ReachClient, Routes
+from relay.stun.const import Family
+from relay.turn.server import Server
+
+
+class DataPath:
+    """Everything between the sockets and the server."""
+
+    def __init__(
+        self,
+        server: Server,
+        workspace: Workspace,
+        *,
+        reach_client: ReachClient,
+        open_socket: OpenSocket,
+        public_hosts: Mapping[Family, str],
+        relay_ports: range,
+        channel_numbers: range,
+        timers: Timers,
+        unix_clock: Callable[[], float],
+        is_relay_host: Callable[[str], bool],
+    ) -> None:
+        """Connect *server* with what sends and receives.
+
+        ``is_relay_host(host)`` tells if relay ports send from *host*.
+        """
+        self.ports = RelayPorts(workspace, open_socket, is_relay_host)
+        self.routes = Routes(workspace, self.ports, reach_client, public_hosts, relay_ports)
+        self.control = Control(server, self.ports, self.routes, reach_client, timers, unix_clock)
+        self.clients = ClientSide(
+            workspace, self.routes.to_peer, self.ports, self.control.on_request, channel_numbers
+        )
+
+    def close(self) -> None:
+        """Close every relay port."""
+        self.ports.close_all()
+        self.routes.clear()

@@ -1,0 +1,64 @@
+"""How somebody is reached, and the buffer that every datagram lies in."""
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from relay.observe.counters import Counters
+from relay.turn.channeldata import HEADER_SIZE
+from relay.turn.commands import Drop
+
+LARGEST_DATAGRAM: Final = 65535
+
+Pieces = list[memoryview | bytes]
+"""What datagrams are made of that are sent at once, in order."""
+
+
+class Destination(Protocol):
+    """A client, a peer, or another allocation of this relay: somebody who can be sent to."""
+
+    def send(self, datagram: memoryview | bytes, /) -> bool:
+        """Send one datagram, or count it as lost; return whether it was sent."""
+
+    def send_many(self, pieces: Pieces, each: int, size: int, /) -> int:
+        """Send datagrams of *size* bytes, each of them *each* pieces; the last may be shorter.
+
+        Returns how many were sent, from the first on. The others are not lost yet: they can be
+        sent one by one.
+        """
+
+
+class Workspace:
+    """What all parts of the data path work with: one buffer, and the counters.
+
+    Clients' datagrams are read to the start of the buffer, peers' behind room for the header of
+    ChannelData. So a payload always lies at offset 4, and is never copied; only where segments
+    are handled singly they are moved to the front, one after another.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        """Begin with an empty buffer."""
+        self.buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
+        self.view = memoryview(self.buffer)
+        self.counters = counters
+
+    @property
+    def for_peers(self) -> memoryview:
+        """Where peers' datagrams are read to."""
+        return self.view[HEADER_SIZE:]
+
+    def drop(self, reason: Drop) -> None:
+        """Count a datagram that is not relayed."""
+        self.counters.dropped[reason.value] += 1
+
+    def count_many(
+        self, sizes: dict[int, int], sent: int, payloads: Sequence[memoryview | bytes], size: int
+    ) -> None:
+        """Count the first *sent* payloads, which were sent at once.
+
+        All are of *size* bytes but perhaps the last.
+        """
+        if sent:
+            sizes[len(payloads[sent - 1])] += 1
+        if sent > 1:
+            sizes[size] += sent - 1
+            self.counters.trains[sent] += 1

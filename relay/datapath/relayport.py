@@ -1,0 +1,149 @@
+"""Relay ports: what peers send to one goes to the client whose allocation it is."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from relay.datapath.destination import Destination, Pieces, Workspace
+from relay.net.udp import Receiver
+from relay.stun.address import Address, family_of
+from relay.stun.const import Family
+from relay.turn.channeldata import HEADER, HEADER_SIZE
+from relay.turn.commands import Drop, PeerAddress
+
+_pack, _pack_into = HEADER.pack, HEADER.pack_into
+
+ToClient = tuple[int, Destination]
+"""A route to a client: the channel number for the header, and how it is reached."""
+
+
+class RelaySocket(Protocol):
+    """The socket of a relay port in one family."""
+
+    def reach(self, address: Any, /) -> Destination:  # noqa: ANN401
+        """Return how to send to a peer from here."""
+
+    def close(self) -> None:
+        """Give up the port."""
+
+
+OpenSocket = Callable[[Family, int, Receiver], RelaySocket]
+"""Binds a port in one family; the receiver takes what arrives there. Raises OSError."""
+
+
+class RelayPort:
+    """A relay port: its socket in each family, and the routes from its peers to the client.
+
+    Peers are told apart by host and port, so one table does for both families.
+    """
+
+    __slots__ = ("_buffer", "_sizes", "_view", "_workspace", "routes", "sockets")
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._buffer = workspace.buffer
+        self._view = workspace.view
+        self._sizes = workspace.counters.to_client
+        self.sockets: dict[Family, RelaySocket] = {}
+        self.routes: dict[PeerAddress, ToClient] = {}  # Routes writes them
+
+    def on_datagram(self, size: int, peer: PeerAddress) -> None:
+        """Relay a datagram whose *size* bytes lie in the buffer, behind room for the header."""
+        route = self.routes.get(peer)
+        if route is None:
+            self._workspace.drop(Drop.UNBOUND_PEER)
+            return
+        number, client = route
+        _pack_into(self._buffer, 0, number, size)
+        if client.send(self._view[: HEADER_SIZE + size]):
+            self._sizes[size] += 1
+
+    def on_segments(self, size: int, segment: int, peer: PeerAddress) -> int:
+        """Relay datagrams whose *size* bytes lie in the buffer, behind room for one header.
+
+        Each is of *segment* bytes; the last may be shorter. Returns how many of them had to be
+        handled singly.
+        """
+        all_of_it = self._view[HEADER_SIZE : HEADER_SIZE + size]
+        payloads: Pieces = [all_of_it[at : at + segment] for at in range(0, size, segment)]
+        relayed = self.relay_many(payloads, segment, peer)
+        for payload in payloads[relayed:]:
+            self._view[HEADER_SIZE : HEADER_SIZE + len(payload)] = payload
+            self.on_datagram(len(payload), peer)
+        return len(payloads) - relayed
+
+    def relay_many(self, payloads: Pieces, size: int, peer: PeerAddress) -> int:
+        """Relay payloads of *size* bytes at once; the last may be shorter, none is empty.
+
+        Returns how many were relayed, from the first on.
+        """
+        route = self.routes.get(peer)
+        if route is None:
+            return 0
+        number, client = route
+        pieces: Pieces = [_pack(number, size)] * (2 * len(payloads))
+        pieces[1::2] = payloads
+        pieces[-2] = _pack(number, len(payloads[-1]))
+        sent = client.send_many(pieces, 2, HEADER_SIZE + size)
+        self._workspace.count_many(self._sizes, sent, payloads, size)
+        return sent
+
+    def reach(self, peer: PeerAddress) -> Destination:
+        """Return how to send to a peer from here."""
+        return self.sockets[family_of(peer[0])].reach(peer)
+
+    def close(self) -> None:
+        """Give up the port in every family."""
+        for sock in self.sockets.values():
+            sock.close()
+
+
+class RelayPorts:
+    """The relay ports that are open, by number."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        open_socket: OpenSocket,
+        is_relay_host: Callable[[str], bool],
+    ) -> None:
+        """``is_relay_host(host)`` tells if relay ports send from *host*."""
+        self._workspace = workspace
+        self._open_socket = open_socket
+        self._is_relay_host = is_relay_host
+        self._ports: dict[int, RelayPort] = {}
+        self.on_last_closed: Callable[[], None] | None = None
+
+    def __getitem__(self, number: int) -> RelayPort:
+        return self._ports[number]
+
+    def at(self, address: Address) -> RelayPort | None:
+        """Return the port of that number, if it is open in the family of *address*."""
+        port = self._ports.get(address[1])
+        return port if port is not None and family_of(address[0]) in port.sockets else None
+
+    def is_source(self, address: Address) -> bool:
+        """Tell if what comes from *address* was sent by one of these ports."""
+        return self.at(address) is not None and self._is_relay_host(address[0])
+
+    def open(self, number: int, families: tuple[Family, ...]) -> None:
+        """Bind a port in each family, all or none. Raises OSError."""
+        port = RelayPort(self._workspace)
+        try:
+            for family in families:
+                port.sockets[family] = self._open_socket(family, number, port)
+        except OSError:
+            port.close()
+            raise
+        self._ports[number] = port
+
+    def close(self, number: int) -> None:
+        """Give up a port."""
+        self._ports.pop(number).close()
+        if not self._ports and self.on_last_closed is not None:
+            self.on_last_closed()
+
+    def close_all(self) -> None:
+        """Give up every port."""
+        for port in self._ports.values():
+            port.close()
+        self._ports.clear()

@@ -1,0 +1,41 @@
+"""Listening sockets that systemd has opened, and hands over at start."""
+
+import logging
+import os
+import socket
+from typing import Final
+
+from relay.host.systemd import inherited_sockets
+
+logger = logging.getLogger("relay.host")
+
+ACTIVATED: Final = "turn"  # FileDescriptorName= of these sockets
+
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_KINDS: Final = {socket.SOCK_DGRAM: "UDP", socket.SOCK_STREAM: "TCP"}
+
+
+def inherited_listeners(port: int) -> dict[int, socket.socket]:
+    """Return the UDP sockets for *port* that were handed over, by ``AF_INET`` and ``AF_INET6``.
+
+    They are the caller's to close; what else was handed over is closed. Raises
+    :class:`~relay.host.systemd.ActivationError`.
+    """
+    found: dict[int, socket.socket] = {}
+    for name, sock in inherited_sockets(os.environ, os.getpid()):
+        is_udp = sock.family in _FAMILIES and sock.type == socket.SOCK_DGRAM
+        is_ours = name == ACTIVATED and is_udp and sock.getsockname()[1] == port
+        if is_ours and sock.family not in found:
+            found[sock.family] = sock
+        else:  # the name or port of another, or one address too many of a family
+            _leave_out(sock, name)
+    return found
+
+
+def _leave_out(sock: socket.socket, name: str) -> None:
+    kind, address = _KINDS.get(sock.type, "other"), sock.getsockname()
+    where = "a socket"
+    if isinstance(address, tuple):
+        where = f"{'[{}]' if sock.family == socket.AF_INET6 else '{}'}:{{}}".format(*address[:2])
+    logger.warning("not used: %s (%s), handed over by systemd as %r", where, kind, name)
+    sock.close()

@@ -1,0 +1,83 @@
+"""Keeps systemd told, from the loop: a line on how it goes now and then, and that it runs."""
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from relay.host.systemd import Notifier
+
+STATUS_INTERVAL: Final = 10.0  # seconds between two lines
+SHORTEST_WATCHDOG_INTERVAL: Final = 0.05  # seconds between two messages for the watchdog
+GRACE: Final = 30.0  # seconds that systemd is asked for beyond what something should take
+
+
+class Timers(Protocol):
+    """The part of the reactor that this needs."""
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> None:
+        """Call *callback* in *delay* seconds."""
+
+
+class Supervision:
+    """Tells the service manager what becomes of the relay. Without one it does nothing."""
+
+    def __init__(
+        self,
+        notifier: Notifier,
+        watchdog: float | None,
+        timers: Timers,
+        status_line: Callable[[], str],
+    ) -> None:
+        """*watchdog* is how often systemd wants to hear from us, in seconds, or None."""
+        self._notifier = notifier
+        self._watchdog = watchdog
+        self._timers = timers
+        self._status_line = status_line
+        self._is_ready = False
+
+    def start(self) -> None:
+        """Begin to tell how it goes."""
+        if self._notifier.is_active:
+            self._tell_status()
+        if self._watchdog is not None:
+            self._feed_watchdog()
+
+    def ready(self) -> None:
+        """Say that the relay serves."""
+        self._is_ready = True
+        self._notifier.ready()
+        self._notifier.status(self._status_line())
+
+    def reloading(self) -> None:
+        """Say that the configuration is read anew. Before ready(), that would say too much."""
+        if self._is_ready:
+            self._notifier.reloading()
+
+    def reloaded(self) -> None:
+        """Say that this is done."""
+        if self._is_ready:
+            self._notifier.ready()
+
+    def stopping(self) -> None:
+        """Say that the relay is about to end."""
+        self._notifier.stopping()
+
+    def will_take(self, seconds: float) -> None:
+        """Ask for so many seconds, and some more."""
+        self._notifier.extend_timeout(seconds + GRACE)
+
+    def close(self) -> None:
+        """Tell nothing any more."""
+        self._notifier.close()
+
+    def _tell_status(self) -> None:
+        if not self._is_ready:  # that the portal is away is no reason to start us anew
+            self.will_take(STATUS_INTERVAL)
+        self._notifier.status(self._status_line())
+        self._timers.call_later(STATUS_INTERVAL, self._tell_status)
+
+    def _feed_watchdog(self) -> None:
+        """Tell systemd that the loop runs. Nobody else may: a stuck one is to be restarted."""
+        assert self._watchdog is not None
+        self._notifier.watchdog()
+        interval = max(self._watchdog / 3, SHORTEST_WATCHDOG_INTERVAL)
+        self._timers.call_later(interval, self._feed_watchdog)

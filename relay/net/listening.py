@@ -1,0 +1,239 @@
+"""The sockets that many talk to at one port: at one address, or at every address of this host.
+
+Who talks to them is told apart by a pair: its socket address, and the address of ours that it
+wrote to, packed. Answers go out from the latter.
+"""
+
+import socket
+import struct
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
+
+from relay.net.addresses import WILDCARDS, local_addresses
+from relay.net.buffers import log_buffers, set_buffers
+from relay.net.offload import ControlMessage, Offload, SegmentSender
+from relay.net.udp import (
+    Lost,
+    Receiver,
+    SocketAddress,
+    UdpDestination,
+    UdpSocket,
+    bind_udp,
+    errno_name,
+    never_set_df,
+)
+
+LISTEN_BUFFER: Final = 4 << 20  # bytes the kernel may queue for a listening socket
+
+# From <asm-generic/socket.h> and <linux/sock_diag.h>, as is the next one from <linux/in.h>; the
+# socket module lacks them.
+_SO_MEMINFO: Final = 55
+_TIMESTAMPS: Final = (29, 35)  # SO_TIMESTAMP, SO_TIMESTAMPNS
+_MEMINFO: Final = struct.Struct("9I")
+_MEMINFO_DROPS: Final = 8  # SK_MEMINFO_DROPS
+_IP_PKTINFO: Final = 8
+_IPV6_PKTINFO: Final = socket.IPV6_PKTINFO
+
+_MAX_PER_ADDRESS: Final = 16  # sockets for one address each
+# A whole prefix can be local to a host (AnyIP); what is remembered of it stays small.
+_MAX_LOCAL_ADDRESSES: Final = 256
+
+Client = tuple[SocketAddress, bytes]
+"""A socket address, and that of ours which it wrote to: packed, or empty if there is just one."""
+
+
+def listen(
+    host: str, port: int, buffer: memoryview, lost: Lost, offload: Offload, receiver: Receiver
+) -> "ListeningSocket":
+    """Bind a socket that reads into *buffer*. Raises OSError."""
+    sock = bind_udp(host, port, LISTEN_BUFFER)
+    listener = _listening(sock, buffer, lost, offload, receiver)
+    if isinstance(listener, WildcardSocket):
+        listener.bind_per_address(local_addresses())
+    return listener
+
+
+def adopt(
+    sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload, receiver: Receiver
+) -> "ListeningSocket":
+    """Listen on a UDP socket that is bound already. Raises OSError.
+
+    One for IPv6 must be for nothing else (IPV6_V6ONLY): ValueError says that it is not.
+    """
+    if sock.family == socket.AF_INET6 and not sock.getsockopt(
+        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
+    ):
+        raise ValueError("an IPv6 socket that takes IPv4 too (BindIPv6Only=ipv6-only is missing)")
+    sock.setblocking(False)
+    for timestamp in _TIMESTAMPS:  # they would take the room of what has to be read
+        sock.setsockopt(socket.SOL_SOCKET, timestamp, 0)
+    never_set_df(sock)
+    set_buffers(sock, LISTEN_BUFFER)
+    # No sockets per address: they would be without its device, its mark and the rest, and would
+    # not be there while the next process starts.
+    return _listening(sock, buffer, lost, offload, receiver)
+
+
+def _listening(
+    sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload, receiver: Receiver
+) -> "ListeningSocket":
+    host = sock.getsockname()[0]
+    log_buffers(sock, LISTEN_BUFFER, f"the socket for clients on {host}")
+    kind = WildcardSocket if host in WILDCARDS else ListeningSocket
+    return kind(sock, buffer, lost, offload, receiver)
+
+
+class ListeningSocket(UdpSocket):
+    """A socket that is bound to one address.
+
+    What it tells its receiver is a :data:`Client`, always with the same local address.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        buffer: memoryview,
+        lost: Lost,
+        offload: Offload,
+        receiver: Receiver,
+        local: bytes = b"",
+    ) -> None:
+        """As :class:`UdpSocket`; *local* is the address of ours that all who write here mean."""
+        super().__init__(sock, buffer, lost, offload, receiver)
+        self._reads_segments = offload.has_gro(sock)
+        self._local = local
+        self.address: SocketAddress = sock.getsockname()
+        self.sockets: list[ListeningSocket] = [self]  # what there is to read
+
+    def reach(self, address: Client) -> UdpDestination:
+        """Return how to send to a client from here."""
+        return super().reach(address[0])
+
+    def hand_to(self, receiver: Receiver) -> None:
+        """Have *receiver* take what is read from here on."""
+        for sock in self.sockets:
+            sock.receiver = receiver
+
+    def close(self) -> None:
+        """Give the port back to the system."""
+        with suppress(OSError):
+            self._sock.close()
+
+    def overflows(self) -> int:
+        """Return how many datagrams found the queue full since the socket was made."""
+        meminfo = self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+        drops: int = _MEMINFO.unpack(meminfo)[_MEMINFO_DROPS]
+        return drops
+
+
+class WildcardSocket(ListeningSocket):
+    """A socket for every address of this host.
+
+    It notes which of them each datagram was sent to, and answers from that one (IP_PKTINFO):
+    the route's preferred source may be another, which a client behind NAT would never hear.
+
+    The system calls for that cost a quarter more. So each address that the host has at start gets
+    a socket of its own, bound to it beside this one. To them the kernel gives what is sent
+    there; the wildcard is left for addresses that the host gets later. A client looks the same
+    either way, and this socket knows through which it is reached.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        buffer: memoryview,
+        lost: Lost,
+        offload: Offload,
+        receiver: Receiver,
+    ) -> None:
+        """As :class:`UdpSocket`."""
+        super().__init__(sock, buffer, lost, offload, receiver)
+        self._per_address: dict[bytes, ListeningSocket] = {}
+        self._sources: dict[bytes, ControlMessage] = {}
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+            self._local_part = slice(0, 16)  # struct in6_pktinfo: destination, interface
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+            self._local_part = slice(4, 8)  # struct in_pktinfo: interface, local address, ...
+        self._usual_ancillary = 1
+        self._reads_segments = True  # where the local address is; the kernel may add segments
+        offload.enable_gro(sock)
+
+    def bind_per_address(self, hosts: Iterable[str]) -> None:
+        """Bind a socket to each of *hosts* that can be bound, but not to too many."""
+        family, port = self._sock.family, self.address[1]
+        ours = [host for host in sorted(hosts) if (":" in host) == (family == socket.AF_INET6)]
+        sharing = [self._sock]
+        # Only in here, or anybody could bind to our addresses too and take what is sent to us.
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for host in ours[:_MAX_PER_ADDRESS]:
+            with suppress(OSError):  # such as a link-local one; the wildcard serves it as well
+                sock = bind_udp(host, port, LISTEN_BUFFER, reuse_port=True)
+                sharing.append(sock)
+                local = socket.inet_pton(family, host)
+                self._per_address[local] = ListeningSocket(
+                    sock, self._buffer, self._lost, self._offload, self.receiver, local
+                )
+        for sock in sharing:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+        self.sockets += self._per_address.values()
+
+    def reach(self, address: Client) -> UdpDestination:
+        """Return how to send to a client, from the address that it wrote to."""
+        to, local = address
+        per_address = self._per_address.get(local)
+        if per_address is not None:
+            return per_address.reach(address)
+        control = (self._sources.get(local) or self._source(local),)
+        return _SourcedDestination(self._sock, self._segments, to, self._lost, control)
+
+    def close(self) -> None:
+        """Give the port back to the system, at all addresses."""
+        for sock in self._per_address.values():
+            sock.close()
+        super().close()
+
+    def _origin(self, source: SocketAddress, ancillary: list[ControlMessage]) -> Client:
+        return source, ancillary[-1][2][self._local_part]
+
+    def _source(self, local: bytes) -> ControlMessage:
+        """Return the control message that sets the source; the interface is the route's."""
+        if len(self._sources) >= _MAX_LOCAL_ADDRESSES:
+            self._sources.clear()
+        if len(local) == 16:
+            info = (socket.IPPROTO_IPV6, _IPV6_PKTINFO, struct.pack("16sI", local, 0))
+        else:
+            info = (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("I4s4s", 0, local, bytes(4)))
+        self._sources[local] = info
+        return info
+
+
+class _SourcedDestination(UdpDestination):
+    """One to which *control* goes with each datagram: the address of ours to send it from."""
+
+    __slots__ = ("_control", "_sendmsg")
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        segments: SegmentSender,
+        address: SocketAddress,
+        lost: Lost,
+        control: tuple[ControlMessage, ...],
+    ) -> None:
+        super().__init__(sock, segments, address, lost)
+        self._control = control
+        self._sendmsg = sock.sendmsg
+
+    def send(self, datagram: memoryview | bytes) -> bool:
+        try:
+            self._sendmsg((datagram,), self._control, 0, self._address)
+        except OSError as error:
+            self._lost(f"send_{errno_name(error)}")
+            return False
+        return True
+
+    def send_many(self, pieces: list[memoryview | bytes], each: int, size: int) -> int:
+        return self._segments.send(pieces, each, size, self._address, self._control)

@@ -1,0 +1,149 @@
+"""A STUN message as it arrived: one pass over it, and nothing decoded that nobody reads.
+
+A server looks at a few attributes of each request and at none of most that it refuses. So
+:func:`read` only takes the message apart, into one mapping from attribute types to bytes;
+:meth:`RawMessage.get` decodes what a handler asks for.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from relay.stun.attributes import (
+    BY_TYPE,
+    Attr,
+    Attribute,
+    DecodeError,
+    UndecodableAttribute,
+    comprehension_required,
+)
+from relay.stun.const import HEADER_SIZE, MAGIC_COOKIE
+from relay.stun.integrity import fingerprint
+
+T = TypeVar("T")
+
+HEADER: Final = struct.Struct("!HHI12s")  # type, length, magic cookie, transaction id
+TLV: Final = struct.Struct("!HH")  # type, length without padding
+_unpack_tlv = TLV.unpack_from
+
+_CLASS_BITS: Final = 0x0110
+_REPEATABLE: Final = frozenset(row.type for row in BY_TYPE.values() if row.repeatable)
+_AGAIN: Final = 1 << 16  # what is added to the key of an attribute each time that it comes again
+_FINGERPRINT: Final = Attr.FINGERPRINT.type
+_INTEGRITY: Final = Attr.MESSAGE_INTEGRITY.type
+_INTEGRITY_VALUE_SIZE: Final = 20
+
+
+class WrongFingerprint(DecodeError):
+    """FINGERPRINT does not match: not STUN, or damaged on its way."""
+
+
+@dataclass(slots=True)
+class RawMessage:
+    """A message from the wire whose frame is sound. What its attributes say may still be nonsense.
+
+    *values* holds the value of each attribute by its type, in the order of their coming, up to
+    MESSAGE-INTEGRITY: what follows that is ignored, FINGERPRINT aside (RFC 8489 §14.5). The first
+    occurrence counts (§14); of those that may be repeated the n-th further one lies under the
+    type + n * 0x10000.
+    """
+
+    type: int  # 16 bits: method and class, interleaved
+    transaction_id: bytes  # 12 bytes
+    raw: bytes  # the message as received, without what followed it in the datagram
+    values: dict[int, bytes]
+    integrity_offset: int | None = None  # where MESSAGE-INTEGRITY begins in *raw*
+    fingerprinted: bool = False
+    truncated: bool = False  # an attribute runs past the end of the message
+
+    @property
+    def message_class(self) -> int:
+        """The class: bits C1 (0x100) and C0 (0x010), as :class:`~relay.stun.const.Kind` has it."""
+        return self.type & _CLASS_BITS
+
+    @property
+    def method(self) -> int:
+        """The method, 12 bits: all but C1 and C0. RFC 8489 §5, Figure 3."""
+        bits = self.type
+        return (bits & 0x000F) | (bits & 0x00E0) >> 1 | (bits & 0x3E00) >> 2
+
+    @property
+    def unknown(self) -> tuple[int, ...]:
+        """The types that must be understood and are not in the table, each once."""
+        return tuple(
+            kind for kind in self.values if comprehension_required(kind) and kind not in BY_TYPE
+        )
+
+    def get(self, attribute: Attribute[T]) -> T | None:
+        """Return the first value of *attribute*, or None if the message has none.
+
+        Raises UndecodableAttribute.
+        """
+        value = self.values.get(attribute.type)
+        return None if value is None else self.decoded(attribute, value)
+
+    def get_all(self, attribute: Attribute[T]) -> list[T]:
+        """Return every value of *attribute*, in their order. Raises UndecodableAttribute."""
+        found: list[T] = []
+        key = attribute.type
+        while (value := self.values.get(key)) is not None:
+            found.append(self.decoded(attribute, value))
+            key += _AGAIN
+        return found
+
+    def decoded(self, attribute: Attribute[T], value: bytes) -> T:
+        """Return what *value* says as one of *attribute*. Raises UndecodableAttribute."""
+        try:
+            return attribute.coding.decode(value, self.transaction_id)
+        except DecodeError as error:
+            raise UndecodableAttribute(f"{attribute}: {error}") from None
+
+
+def read(datagram: bytes) -> RawMessage:
+    """Take a datagram apart that should be STUN. Bytes after the message are ignored.
+
+    Raises DecodeError if it is no STUN message, WrongFingerprint if its FINGERPRINT does not
+    match.
+    """
+    if len(datagram) < HEADER_SIZE:
+        raise DecodeError("shorter than a STUN header")
+    message_type, length, cookie, transaction_id = HEADER.unpack_from(datagram)
+    if message_type & 0xC000 or cookie != MAGIC_COOKIE:
+        raise DecodeError("not STUN")
+    if length % 4 or length > len(datagram) - HEADER_SIZE:
+        raise DecodeError("length does not match")
+    message = RawMessage(message_type, transaction_id, datagram[: HEADER_SIZE + length], {})
+    _read_attributes(message)
+    return message
+
+
+def type_of(key: int) -> int:
+    """Return the attribute type of a key of :attr:`RawMessage.values`."""
+    return key % _AGAIN
+
+
+def _read_attributes(message: RawMessage) -> None:
+    raw, values = message.raw, message.values
+    repeated: dict[int, int] = {}  # how often, by type
+    offset, end = HEADER_SIZE, len(raw)
+    while offset < end:  # at least four bytes are left: everything is a multiple of four
+        key, size = _unpack_tlv(raw, offset)
+        value_end = offset + 4 + size
+        if value_end > end:
+            message.truncated = message.integrity_offset is None
+            return
+        value = raw[offset + 4 : value_end]
+        if key == _FINGERPRINT:
+            if value != fingerprint(raw[:offset]).to_bytes(4, "big"):
+                raise WrongFingerprint("FINGERPRINT does not match")
+            message.fingerprinted = True
+            return  # it is the last attribute, RFC 8489 §14.7
+        if message.integrity_offset is None:
+            if key not in values:
+                values[key] = value
+                if key == _INTEGRITY and size == _INTEGRITY_VALUE_SIZE:
+                    message.integrity_offset = offset
+            elif key in _REPEATABLE:
+                times = repeated[key] = repeated.get(key, 0) + 1
+                values[key + times * _AGAIN] = value
+        offset = value_end + -size % 4

@@ -1,0 +1,35 @@
+"""How much of the relay one user, one address, and all of them may hold. RFC 8656 §7.2."""
+
+from relay.stun.const import ErrorCode, Family
+from relay.turn.request import Refused
+from relay.turn.state import State
+from relay.turn.tables import Allocation, site_of
+
+
+def require_quota(state: State, username: str, host: str, replaced: list[Allocation]) -> None:
+    """Refuse (486) one allocation more than a username, or an address, may have.
+
+    The allocations *replaced* are about to end.
+    """
+    settings, tables = state.settings, state.tables
+    limit = settings.max_allocations_per_username
+    if limit is not None and tables.count_of_username(username) - len(replaced) >= limit:
+        raise Refused(ErrorCode.ALLOCATION_QUOTA_REACHED, f"the username has {limit}")
+    limit = settings.max_allocations_per_ip
+    if limit is not None:
+        site = site_of(host)
+        ending = sum(site_of(other.client[0][0]) == site for other in replaced)
+        if tables.at_site(site) - ending >= limit:
+            raise Refused(ErrorCode.ALLOCATION_QUOTA_REACHED, f"the address has {limit}")
+
+
+def require_capacity(
+    state: State, families: tuple[Family, ...], replaced: list[Allocation]
+) -> None:
+    """Refuse (508) an allocation of *families* that is more than this relay may hold, or can."""
+    settings, tables = state.settings, state.tables
+    if not replaced and len(tables) >= settings.max_allocations:
+        raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many allocations as are allowed")
+    ending = sum(len(other.families) for other in replaced)
+    if tables.sockets - ending + len(families) > settings.max_sockets:
+        raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many sockets as are allowed")

@@ -1,0 +1,105 @@
+"""A request on its way through the handlers, and the answer to it."""
+
+import logging
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Any, Final
+
+from relay.stun.address import Address
+from relay.stun.attributes import Attr, Attribute
+from relay.stun.const import ErrorCode, Kind, Method
+from relay.stun.message import Message
+from relay.stun.raw import RawMessage
+from relay.turn.auth import REALM, Authenticator
+from relay.turn.commands import ClientAddress, Command, SendMessage
+
+logger = logging.getLogger("relay.turn")
+
+MAX_UNKNOWN_NAMED: Final = 32  # attributes in a 420: more could not be a mistake
+
+_METHOD_NAMES: Final[dict[int, str]] = {method: method.name.lower() for method in Method}
+
+Attributes = list[tuple[Attribute[Any], Any]]
+"""What an answer is to hold, in order."""
+
+
+@dataclass(slots=True)
+class Request:
+    """A request: what was asked, by whom, and when."""
+
+    message: RawMessage
+    client: ClientAddress
+    key: bytes | None  # of the user it claims to be from, if it is signed with that
+    now: float  # monotonic seconds
+    unix_now: float
+
+    @property
+    def mapped_address(self) -> Address:
+        """The client's address as seen from here. RFC 8489 §14.2."""
+        host, port = self.client[0][:2]
+        return host, port
+
+
+class Refused(Exception):
+    """A request cannot be granted: *code* is for the client, *reason* for the log."""
+
+    def __init__(self, code: ErrorCode, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+
+def require_known_attributes(request: Request) -> None:
+    """RFC 8489 §6.3.1: 420 for what must be understood and is not."""
+    unknown = request.message.unknown
+    if unknown:
+        raise Refused(ErrorCode.UNKNOWN_ATTRIBUTE, f"{len(unknown)} unknown attributes")
+
+
+class Answers:
+    """Puts answers together, counts them, and leaves them as commands."""
+
+    def __init__(
+        self, authenticator: Authenticator, commands: deque[Command], software: str | None
+    ) -> None:
+        """Take who makes nonces, and what SOFTWARE is to say, if anything."""
+        self._authenticator = authenticator
+        self._commands = commands
+        self.software = software
+        self.sent: Counter[tuple[str, str]] = Counter()  # by method, and code or "success"
+
+    def success(self, request: Request, attributes: Attributes, *, key: bytes | None) -> None:
+        """Answer with a success response, signed if *key* is given."""
+        self._count(request, "success")
+        self._send(request, Kind.SUCCESS, attributes, key)
+
+    def refuse(self, request: Request, refused: Refused) -> None:
+        """Answer with an error response: signed and with its reason, or as short as can be.
+
+        Short, because anyone can ask for an unsigned one in the name of anyone else.
+        """
+        client, code = request.client, refused.code
+        logger.debug("%d to %s: %s", code, client[0], refused.reason)
+        self._count(request, str(code.value))
+        reason = "" if request.key is None else code.reason
+        attributes: Attributes = [(Attr.ERROR_CODE, (code, reason))]
+        if code in {ErrorCode.UNAUTHORIZED, ErrorCode.STALE_NONCE}:
+            nonce = self._authenticator.nonce(client, request.now)
+            attributes += [(Attr.REALM, REALM), (Attr.NONCE, nonce)]
+        if code is ErrorCode.UNKNOWN_ATTRIBUTE:
+            named = request.message.unknown[:MAX_UNKNOWN_NAMED]
+            attributes.append((Attr.UNKNOWN_ATTRIBUTES, named))
+        self._send(request, Kind.ERROR, attributes, request.key)
+
+    def _count(self, request: Request, code: str) -> None:
+        self.sent[_METHOD_NAMES.get(request.message.method, "unknown"), code] += 1
+
+    def _send(
+        self, request: Request, kind: Kind, attributes: Attributes, key: bytes | None
+    ) -> None:
+        if self.software is not None:
+            attributes.append((Attr.SOFTWARE, self.software))
+        asked = request.message
+        message = Message(kind, asked.method, asked.transaction_id, attributes)
+        datagram = message.encode(key, fingerprinted=asked.fingerprinted)
+        self._commands.append(SendMessage(request.client, datagram))

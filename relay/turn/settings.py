@@ -1,0 +1,24 @@
+"""What the server must know of its surroundings, and what the operator limits."""
+
+from dataclasses import dataclass
+
+from relay.stun.const import Family
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All of it. A reload brings another one; *public_hosts* and *ports* stay as they are."""
+
+    public_hosts: dict[Family, str]  # the hosts of relayed addresses, IPv4 first
+    ports: range  # those that allocations may get, but for the listening port
+    listen_port: int
+    max_allocations: int
+    max_sockets: int  # relay ports, counted once per family: what descriptors allow
+    max_channels: int
+    channel_numbers: range
+    one_allocation_per_username: bool
+    max_allocations_per_username: int | None = None
+    max_allocations_per_ip: int | None = None  # for IPv6, per /64
+    unauthenticated_rate_per_prefix: int = 0  # answers per second; 0: no limit
+    unauthenticated_rate: int = 0  # likewise, in all
+    software: str | None = None
