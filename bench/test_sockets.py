@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from relay.net.listening import ListeningSocket, WildcardSocket
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
-from relay.net.udp import READ_BUDGET, UdpDestination, UdpSocket, bind_udp
+from relay.net.udp import READ_BUDGET, PortSocket, UdpDestination, bind_udp
 
 COUNT: Final = READ_BUDGET
 ROUNDS: Final = {"rounds": 500, "warmup_rounds": 5}
@@ -96,17 +96,19 @@ class Ends:
         self.outside = stack.enter_context(bind_udp("127.0.0.1", 0, 4 << 20))
         self.reads: set[int] = set()  # how many datagrams were read at once
 
-    def opens(self, kind: str, *, offload: bool = True) -> UdpSocket:
+    def opens(self, kind: str, *, offload: bool = True) -> PortSocket | ListeningSocket:
         """Open a socket to be measured."""
         host = "0.0.0.0" if kind == "wildcard" else "127.0.0.1"
         sock = self._stack.enter_context(bind_udp(host, 0, 4 << 20))
         self._address = ("127.0.0.1", sock.getsockname()[1])
-        kinds: dict[str, type[UdpSocket]] = {
-            "port": UdpSocket,
-            "bound": ListeningSocket,
-            "wildcard": WildcardSocket,
-        }
-        return kinds[kind](sock, self._buffer, fail, Offload(wanted=offload), self)
+        wanted = Offload(wanted=offload)
+        if kind == "port":
+            reactor = Reactor()
+            self._stack.callback(reactor.close)
+            return PortSocket(sock, self._buffer, fail, wanted, self, reactor)
+        if kind == "bound":
+            return ListeningSocket(sock, self._buffer, fail, wanted, self)
+        return WildcardSocket(sock, self._buffer, fail, wanted, self)
 
     def reaches_outside(self, kind: str) -> UdpDestination:
         """Open a socket to be measured, and return how it reaches the one outside."""

@@ -14,7 +14,8 @@ import pytest
 
 from relay.net.listening import ListeningSocket, WildcardSocket, adopt
 from relay.net.offload import Offload, SegmentSender
-from relay.net.udp import BURST, READ_BUDGET, SEGMENTED_BUDGET, UdpSocket, bind_udp
+from relay.net.reactor import Reactor
+from relay.net.udp import BURST, READ_BUDGET, SEGMENTED_BUDGET, PortSocket, bind_udp
 
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104  # <linux/udp.h>
 WILDCARDS = {"127.0.0.1": "0.0.0.0", "::1": "::"}
@@ -34,12 +35,15 @@ class Receiver:
         )
         self.address = (host, self._sock.getsockname()[1])
         wanted = Offload(wanted=offload)
-        kinds: dict[str, type[UdpSocket]] = {
-            "port": UdpSocket,
-            "bound": ListeningSocket,
-            "wildcard": WildcardSocket,
-        }
-        self.under_test = kinds[kind](self._sock, view, unexpected, wanted, self)
+        self.under_test: PortSocket | ListeningSocket
+        if kind == "port":
+            reactor = Reactor()
+            stack.callback(reactor.close)
+            self.under_test = PortSocket(self._sock, view, unexpected, wanted, self, reactor)
+        elif kind == "bound":
+            self.under_test = ListeningSocket(self._sock, view, unexpected, wanted, self)
+        else:
+            self.under_test = WildcardSocket(self._sock, view, unexpected, wanted, self)
         self.reads: list[int] = []  # how many datagrams each of them held
         self.handled_singly = 0  # what is said of the segments of each read
         self.datagrams: list[bytes] = []

@@ -11,7 +11,7 @@ import pytest
 from relay.net.addresses import is_local, local_addresses, outward_address
 from relay.net.listening import ListeningSocket, WildcardSocket, listen
 from relay.net.offload import Offload
-from relay.net.udp import UdpSocket, bind_udp
+from relay.net.udp import PortSocket, UdpReader, bind_udp
 
 OFF = Offload(wanted=False)
 ERRORS = [
@@ -43,6 +43,11 @@ class FailingSocket:
     def getsockopt(self, *_: Any) -> int:
         return 0
 
+    def recvfrom_into(self, *_: Any) -> None:
+        raise AssertionError("a read")
+
+    recvmsg_into = recvfrom_into
+
     def sendto(self, *_: Any) -> None:
         raise self._error
 
@@ -50,12 +55,21 @@ class FailingSocket:
         raise self._error
 
 
+class Unread:
+    """A reactor that reads nothing."""
+
+    def register(self, *_: Any) -> None:
+        pass
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: errno.errorcode[error])
 def test_what_cannot_be_sent_is_counted_and_that_is_all(error: int) -> None:
     lost: list[str] = []
     sock: Any = FailingSocket(error)
     address: Any = ("127.0.0.1", 9)
-    UdpSocket(sock, memoryview(b""), lost.append, OFF, Inbox()).reach(address).send(b"x")
+    reactor: Any = Unread()
+    port = PortSocket(sock, memoryview(b""), lost.append, OFF, Inbox(), reactor)
+    port.reach(address).send(b"x")
     listening = ListeningSocket(sock, memoryview(b""), lost.append, OFF, Inbox())
     listening.reach((address, b"")).send(b"x")
     wildcard = WildcardSocket(sock, memoryview(b""), lost.append, OFF, Inbox())
@@ -122,8 +136,9 @@ MANY = [f"127.0.0.{number}" for number in range(10, 99)]
 )
 def test_other_hosts_are_left_to_the_wildcard_socket(hosts: list[str], bound: list[str]) -> None:
     sock = bind_udp("0.0.0.0", 0, 65536)
-    listener = WildcardSocket(sock, memoryview(bytearray(100)), _unexpected, OFF, Inbox())
-    listener.bind_per_address(hosts)
+    inbox, buffer = Inbox(), memoryview(bytearray(100))
+    listener = WildcardSocket(sock, buffer, _unexpected, OFF, inbox)
+    listener.bind_per_address(hosts, buffer, OFF, inbox)
 
     assert listener.sockets[0] is listener
     assert [one.address[0] for one in listener.sockets[1:]] == bound
@@ -153,13 +168,13 @@ def test_a_port_cannot_be_bound_twice() -> None:
 
 def test_of_an_ipv6_peer_only_host_and_port_count() -> None:
     sock, inbox = bind_udp("::1", 0, 65536), Inbox()
-    udp_socket = UdpSocket(sock, memoryview(bytearray(100)), _unexpected, OFF, inbox)
+    reader = UdpReader(sock, memoryview(bytearray(100)), _unexpected, OFF, inbox)
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as peer:
         peer.bind(("::1", 0))
         peer.sendto(b"hi", sock.getsockname())
-        udp_socket.on_readable()
+        reader.on_readable()
         assert inbox.sources == [peer.getsockname()[:2]]
-    udp_socket.close()
+    sock.close()
 
 
 def test_what_the_kernel_knows_of_addresses() -> None:

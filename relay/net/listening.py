@@ -18,7 +18,7 @@ from relay.net.udp import (
     Receiver,
     SocketAddress,
     UdpDestination,
-    UdpSocket,
+    UdpReader,
     bind_udp,
     errno_name,
     never_set_df,
@@ -35,6 +35,12 @@ _MEMINFO_DROPS: Final = 8  # SK_MEMINFO_DROPS
 _IP_PKTINFO: Final = 8
 _IPV6_PKTINFO: Final = socket.IPV6_PKTINFO
 
+# Where the local address is in what the kernel reports.
+_LOCAL_PART: Final = {
+    socket.AF_INET: slice(4, 8),  # struct in_pktinfo: interface, local address, ...
+    socket.AF_INET6: slice(0, 16),  # struct in6_pktinfo: destination, interface
+}
+
 _MAX_PER_ADDRESS: Final = 16  # sockets for one address each
 # A whole prefix can be local to a host (AnyIP); what is remembered of it stays small.
 _MAX_LOCAL_ADDRESSES: Final = 256
@@ -50,7 +56,7 @@ def listen(
     sock = bind_udp(host, port, LISTEN_BUFFER)
     listener = _listening(sock, buffer, lost, offload, receiver)
     if isinstance(listener, WildcardSocket):
-        listener.bind_per_address(local_addresses())
+        listener.bind_per_address(local_addresses(), buffer, offload, receiver)
     return listener
 
 
@@ -84,7 +90,7 @@ def _listening(
     return kind(sock, buffer, lost, offload, receiver)
 
 
-class ListeningSocket(UdpSocket):
+class ListeningSocket:
     """A socket that is bound to one address.
 
     What it tells its receiver is a :data:`Client`, always with the same local address.
@@ -99,21 +105,31 @@ class ListeningSocket(UdpSocket):
         receiver: Receiver,
         local: bytes = b"",
     ) -> None:
-        """As :class:`UdpSocket`; *local* is the address of ours that all who write here mean."""
-        super().__init__(sock, buffer, lost, offload, receiver)
-        self._reads_segments = offload.has_gro(sock)
-        self._local = local
+        """Own *sock*; read into *buffer*; report what the kernel did not take or give to *lost*.
+
+        *local* is the address of ours that all who write here mean.
+        """
+        self._sock = sock
+        self._lost = lost
+        self._segments = SegmentSender(sock, offload)
+        self._reader = self._make_reader(buffer, offload, receiver, local)
+        if offload.has_gro(sock):
+            self._reader.expect_segments()
         self.address: SocketAddress = sock.getsockname()
         self.sockets: list[ListeningSocket] = [self]  # what there is to read
+        self.on_readable = self._reader.on_readable
 
-    def reach(self, address: Client) -> UdpDestination:
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._sock.fileno()
+
+    def reach(self, client: Client) -> UdpDestination:
         """Return how to send to a client from here."""
-        return super().reach(address[0])
+        return UdpDestination(self._sock, self._segments, client[0], self._lost)
 
     def hand_to(self, receiver: Receiver) -> None:
         """Have *receiver* take what is read from here on."""
-        for sock in self.sockets:
-            sock.receiver = receiver
+        self._reader.hand_to(receiver)
 
     def close(self) -> None:
         """Give the port back to the system."""
@@ -125,6 +141,11 @@ class ListeningSocket(UdpSocket):
         meminfo = self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
         drops: int = _MEMINFO.unpack(meminfo)[_MEMINFO_DROPS]
         return drops
+
+    def _make_reader(
+        self, buffer: memoryview, offload: Offload, receiver: Receiver, local: bytes
+    ) -> UdpReader:
+        return UdpReader(self._sock, buffer, self._lost, offload, receiver, local=local)
 
 
 class WildcardSocket(ListeningSocket):
@@ -147,21 +168,19 @@ class WildcardSocket(ListeningSocket):
         offload: Offload,
         receiver: Receiver,
     ) -> None:
-        """As :class:`UdpSocket`."""
+        """As :class:`ListeningSocket`; the local address is what the kernel says."""
         super().__init__(sock, buffer, lost, offload, receiver)
         self._per_address: dict[bytes, ListeningSocket] = {}
         self._sources: dict[bytes, ControlMessage] = {}
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-            self._local_part = slice(0, 16)  # struct in6_pktinfo: destination, interface
         else:
             sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-            self._local_part = slice(4, 8)  # struct in_pktinfo: interface, local address, ...
-        self._usual_ancillary = 1
-        self._reads_segments = True  # where the local address is; the kernel may add segments
-        offload.enable_gro(sock)
+        offload.enable_gro(sock)  # as it costs nothing here: the control messages are read anyway
 
-    def bind_per_address(self, hosts: Iterable[str]) -> None:
+    def bind_per_address(
+        self, hosts: Iterable[str], buffer: memoryview, offload: Offload, receiver: Receiver
+    ) -> None:
         """Bind a socket to each of *hosts* that can be bound, but not to too many."""
         family, port = self._sock.family, self.address[1]
         ours = [host for host in sorted(hosts) if (":" in host) == (family == socket.AF_INET6)]
@@ -174,20 +193,26 @@ class WildcardSocket(ListeningSocket):
                 sharing.append(sock)
                 local = socket.inet_pton(family, host)
                 self._per_address[local] = ListeningSocket(
-                    sock, self._buffer, self._lost, self._offload, self.receiver, local
+                    sock, buffer, self._lost, offload, receiver, local
                 )
         for sock in sharing:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
         self.sockets += self._per_address.values()
 
-    def reach(self, address: Client) -> UdpDestination:
+    def reach(self, client: Client) -> UdpDestination:
         """Return how to send to a client, from the address that it wrote to."""
-        to, local = address
+        address, local = client
         per_address = self._per_address.get(local)
         if per_address is not None:
-            return per_address.reach(address)
+            return per_address.reach(client)
         control = (self._sources.get(local) or self._source(local),)
-        return _SourcedDestination(self._sock, self._segments, to, self._lost, control)
+        return _SourcedDestination(self._sock, self._segments, address, self._lost, control)
+
+    def hand_to(self, receiver: Receiver) -> None:
+        """Have *receiver* take what is read from here on, at all addresses."""
+        super().hand_to(receiver)
+        for sock in self._per_address.values():
+            sock.hand_to(receiver)
 
     def close(self) -> None:
         """Give the port back to the system, at all addresses."""
@@ -195,8 +220,11 @@ class WildcardSocket(ListeningSocket):
             sock.close()
         super().close()
 
-    def _origin(self, source: SocketAddress, ancillary: list[ControlMessage]) -> Client:
-        return source, ancillary[-1][2][self._local_part]
+    def _make_reader(
+        self, buffer: memoryview, offload: Offload, receiver: Receiver, _local: bytes
+    ) -> UdpReader:
+        local_part = _LOCAL_PART[self._sock.family]
+        return UdpReader(self._sock, buffer, self._lost, offload, receiver, local_part=local_part)
 
     def _source(self, local: bytes) -> ControlMessage:
         """Return the control message that sets the source; the interface is the route's."""
