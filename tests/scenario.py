@@ -391,7 +391,8 @@ class Network:
     def __init__(self) -> None:
         self.sent: list[ToClient | ToPeer] = []
         self.sockets: dict[tuple[Family, int], FakeSocket] = {}
-        self.opened: list[int] = []  # every port ever opened, in order
+        self.tried: list[int] = []  # every port that was to be opened, in order
+        self.opened: list[int] = []  # those of them that could be
         self.occupied: set[tuple[Family, int]] = set()  # held by other processes
         self.failure: int | None = None  # an errno with which every open fails
         self.is_full = False  # takes no datagram
@@ -402,6 +403,7 @@ class Network:
         return FakeDestination(self, partial(ToClient, client))
 
     def open_socket(self, family: Family, port: int, receiver: Receiver) -> "FakeSocket":
+        self.tried.append(port)
         if self.failure is not None:
             raise OSError(self.failure, "as the test wants it")
         if (family, port) in self.occupied or (family, port) in self.sockets:

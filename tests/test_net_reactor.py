@@ -1,19 +1,23 @@
 """The event loop, on real descriptors, one iteration at a time."""
 
 import os
+import select
 import signal
 import socket
 import threading
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
+from math import inf
+from typing import Any
 
 import pytest
 
 from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
-from relay.net.reactor import Reactor
+from relay.net.reactor import MAX_EVENTS, Reactor
 from relay.net.signals import Signals
-from relay.net.udp import LONE_READS, READ_BUDGET, PortSocket, bind_udp
+from relay.net.udp import LONE_READS, MAX_LONE_READS, READ_BUDGET, PortSocket, bind_udp
 
 
 class Clock:
@@ -52,6 +56,7 @@ class Inbox:
         self._socket = PortSocket(
             self.sock, memoryview(self._buffer), self.lost, Offload(wanted=False), self, reactor
         )
+        self.reader: Any = self._socket._reader
         self.received: list[bytes] = []
         self.losses: list[str] = []
         self._outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -110,6 +115,40 @@ def test_after_a_lone_datagram_a_few_are_read_one_by_one(reactor: Reactor, hot: 
 
     reactor.iterate()
     assert len(hot.received) == 1 + LONE_READS + READ_BUDGET
+
+
+def test_the_longer_datagrams_come_alone_the_more_are_read_without_looking(
+    reactor: Reactor, hot: Inbox
+) -> None:
+    """To look for more, and find none, costs as much as to read a datagram."""
+    looks = 0
+    receive = hot.reader._recvfrom_into
+
+    def counted(buffer: memoryview) -> Any:
+        nonlocal looks
+        try:
+            return receive(buffer)
+        except BlockingIOError:
+            looks += 1
+            raise
+
+    hot.reader._recvfrom_into = counted
+    for _ in range(1000):
+        hot.is_sent(1)
+        reactor.iterate()
+    assert looks < 1000 / MAX_LONE_READS + 5
+
+    hot.is_sent(200)
+    while len(hot.received) < 1200:
+        reactor.iterate()
+    hot.is_sent(1)
+    reactor.iterate()
+    hot.is_sent(200)
+    for _ in range(LONE_READS):
+        reactor.iterate()
+    before = len(hot.received)
+    reactor.iterate()
+    assert len(hot.received) == before + READ_BUDGET  # a burst ends that
 
 
 def test_a_hot_socket_does_not_keep_a_cold_one_waiting(
@@ -230,6 +269,144 @@ def test_retired_sockets_can_be_closed_early_for_their_port(reactor: Reactor) ->
     reactor.close_retired()
 
     bind_udp("127.0.0.1", port, 4096).close()
+
+
+class ScriptedEpoll:
+    """An epoll in which some sources are always readable. It lets them take turns, as the kernel's.
+
+    Each source is its own descriptor.
+    """
+
+    def __init__(self) -> None:
+        self.readable: deque[int] = deque()
+
+    def register(self, fd: int, _events: int) -> None:
+        """Begin to report a source."""
+        self.readable.append(fd)
+
+    def poll(self, _timeout: float | None, maxevents: int) -> list[tuple[int, int]]:
+        reported = [self.readable.popleft() for _ in range(min(maxevents, len(self.readable)))]
+        self.readable += reported
+        return [(fd, select.EPOLLIN) for fd in reported]
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Busy:
+    """A source that always has more than is read of it at a time."""
+
+    def __init__(self, fd: int, has: float = inf) -> None:
+        self._fd = fd
+        self._left = has
+        self.served = 0
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def on_readable(self) -> bool:
+        self.served += 1
+        self._left -= 1
+        return self._left > 0
+
+
+@pytest.fixture
+def scripted(reactor: Reactor) -> ScriptedEpoll:
+    reactor._epoll.close()
+    epoll: Any = ScriptedEpoll()
+    reactor._epoll = epoll
+    return epoll  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("count", [1, 2, MAX_EVENTS - 1, MAX_EVENTS, 100, 1000])
+@pytest.mark.usefixtures("scripted")
+def test_what_comes_first_has_its_share_beside_however_many(reactor: Reactor, count: int) -> None:
+    """Half of all, which is what clients send of the traffic in both directions."""
+    others = [Busy(fd) for fd in range(1, count + 1)]
+    for other in others:
+        reactor.register(other, other.on_readable)
+    listener = Busy(0)
+    reactor.register(listener, listener.on_readable, comes_first=True)
+
+    for _ in range(200):
+        before = listener.served
+        reactor.iterate()
+        assert listener.served > before  # whether it was reported or not
+    total = listener.served + sum(other.served for other in others)
+
+    assert listener.served >= total / 2
+    # Nor does it keep the others waiting: each gets as much as any other.
+    assert listener.served <= total / 2 + 200
+    assert max(o.served for o in others) - min(o.served for o in others) <= 1
+
+
+@pytest.mark.usefixtures("scripted")
+def test_several_that_come_first_have_equal_shares(reactor: Reactor) -> None:
+    sources = [Busy(fd) for fd in range(60)]
+    for source in sources:
+        reactor.register(source, source.on_readable, comes_first=source.fileno() < 3)
+    for _ in range(100):
+        reactor.iterate()
+
+    first = [source.served for source in sources[:3]]
+    assert min(first) >= sum(source.served for source in sources[3:])
+    assert max(first) == min(first)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_what_comes_first_is_left_alone_once_it_has_no_more(reactor: Reactor) -> None:
+    listener, others = Busy(0, has=3), [Busy(fd) for fd in range(1, 10)]
+    reactor.register(listener, listener.on_readable, comes_first=True)
+    for other in others:
+        reactor.register(other, other.on_readable)
+    reactor.iterate()
+
+    assert listener.served == 3
+    assert [other.served for other in others] == [1] * 9
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_failure_of_what_comes_first_is_reported_and_the_rest_is_served(
+    reactor: Reactor, bugs: list[Exception]
+) -> None:
+    error = ValueError("a bug of ours")
+
+    def fails() -> bool:
+        raise error
+
+    other = Busy(1)
+    reactor.register(Busy(0), fails, comes_first=True)
+    reactor.register(other, other.on_readable)
+    reactor.iterate()
+
+    assert bugs == [error]
+    assert other.served == 1
+
+
+def test_what_is_retired_in_a_batch_is_not_served_again_in_it(
+    reactor: Reactor, hot: Inbox, cold: Inbox
+) -> None:
+    """Even if it comes first and has more."""
+    listener = bind_udp("127.0.0.1", 0, 4096)
+    served: list[int] = []
+
+    def retires_itself() -> bool:
+        served.append(1)
+        reactor.retire(listener)
+        return True
+
+    reactor.register(listener, retires_itself, comes_first=True)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outside:
+        outside.sendto(b"x", listener.getsockname())
+    hot.is_sent(1)
+    cold.is_sent(1)
+    reactor.iterate()
+
+    assert served == [1]
+    assert len(hot.received) == len(cold.received) == 1
 
 
 def test_mail_wakes_the_loop_from_another_thread(reactor: Reactor) -> None:

@@ -131,22 +131,29 @@ class Reactor:
 
     def iterate(self) -> None:
         """Wait for something to do, and do it."""
-        deadline = self._next_deadline
-        timeout = None if deadline is None else deadline - self.clock()
-        if timeout is not None and timeout < 0:
-            timeout = 0
+        clock, deadline = self.clock, self._next_deadline
+        timeout = None
+        if deadline is not None:
+            timeout = deadline - clock()
+            if timeout < 0:
+                timeout = 0
         events = self._epoll.poll(timeout, MAX_EVENTS)
-        self.awake_since = woke = self.clock()
+        self.awake_since = woke = clock()
         if deadline is not None and deadline <= woke:
             self._call_due(woke)
-        if len(events) == 1:
-            self._serve(events[0][0])
+        if len(events) == 1:  # without the call of a method, as that is what calls are like
+            handler = self._handlers.get(events[0][0])
+            if handler is not None:
+                try:
+                    handler()
+                except Exception as error:  # noqa: BLE001 - one bug must not end everyone's calls
+                    self._on_bug(error)
         elif events:
             self._serve_several([fd for fd, _ in events])
         if self._retired:
             self.close_retired()
         self.awake_since = None
-        now = self.clock()
+        now = clock()
         if now - woke > LONG_ITERATION:
             self._remember_iteration(now, now - woke)
 

@@ -25,9 +25,12 @@ READ_BUDGET: Final = 32  # datagrams per call of on_readable, at most
 # the last at once: the longest ones take as long as a hundred datagrams.
 SEGMENTED_BUDGET: Final = 4
 BURST: Final = 16  # datagrams of one flow, read in one call, that tell bulk traffic from calls
-# Finding a socket empty costs an exception. Where datagrams come one at a time that is as much
-# as reading one, so after such a one the next few are read without looking for more.
+# Finding a socket empty costs an exception, as much as reading a datagram. So after a lone one the
+# next few are read without looking for more: the more, the longer they have come one at a time.
 LONE_READS: Final = 4
+MAX_LONE_READS: Final = 64
+_ONCE: Final = range(1)
+_UP_TO_BUDGET: Final = range(READ_BUDGET)
 PORT_BUFFER: Final = 512 << 10  # bytes the kernel may queue for each port: 200 large datagrams
 
 _IP_MTU_DISCOVER: Final = 10  # <linux/in.h>; the socket module lacks them
@@ -149,6 +152,7 @@ class UdpReader:
         "_local",
         "_local_part",
         "_lone",
+        "_lone_reads",
         "_lost",
         "_offload",
         "_on_datagram",
@@ -180,7 +184,8 @@ class UdpReader:
         self._local = local
         self._local_part = local_part
         self._reads_segments = local_part is not None
-        self._lone = 0
+        self._lone = 0  # how many are still to be read without looking for more
+        self._lone_reads = LONE_READS  # how many will be after the next lone one
         self.hand_to(receiver)
 
     def hand_to(self, receiver: Receiver) -> None:
@@ -199,7 +204,7 @@ class UdpReader:
         receive, buffer, local = self._recvfrom_into, self._buffer, self._local
         on_datagram = self._on_datagram
         first = source = None
-        for count in range(1 if self._lone else READ_BUDGET):
+        for count in _ONCE if self._lone else _UP_TO_BUDGET:
             try:
                 size, source = receive(buffer)
             except OSError as error:
@@ -215,7 +220,9 @@ class UdpReader:
                 on_datagram(size, source if len(source) == 2 else source[:2])
         if self._lone:
             self._lone -= 1
-        elif source == first:
+            return True
+        self._lone_reads = LONE_READS
+        if source == first:
             self._enable_gro()
         return True
 
@@ -224,7 +231,7 @@ class UdpReader:
         receive, buffers = self._recvmsg_into, (self._buffer,)
         local, local_part = self._local, self._local_part
         usual = 0 if local_part is None else 1  # control messages that come in any case
-        for count in range(1 if self._lone else READ_BUDGET):
+        for count in _ONCE if self._lone else _UP_TO_BUDGET:
             try:
                 size, ancillary, _, source = receive(buffers, _CONTROL_ROOM)
             except OSError as error:
@@ -248,8 +255,11 @@ class UdpReader:
         """Note what to do next time, as the queue is empty now after *count* reads."""
         if not isinstance(error, BlockingIOError):
             self._lost(f"receive_{errno_name(error)}")
-        if count:
-            self._lone = LONE_READS if count == 1 else 0
+        if count == 1:
+            self._lone = self._lone_reads
+            self._lone_reads = min(2 * self._lone_reads, MAX_LONE_READS)
+        elif count:
+            self._lone_reads = LONE_READS
 
     def _enable_gro(self) -> None:
         """Read segments from here on, if the kernel makes any."""
@@ -259,7 +269,7 @@ class UdpReader:
 class PortSocket:
     """A socket that the reactor reads until it is closed."""
 
-    __slots__ = ("_lost", "_reactor", "_segments", "_sock", "on_readable")
+    __slots__ = ("_lost", "_reactor", "_reader", "_segments", "_sock", "on_readable")
 
     def __init__(
         self,
@@ -275,7 +285,8 @@ class PortSocket:
         self._lost = lost
         self._segments = SegmentSender(sock, offload)
         self._reactor = reactor
-        self.on_readable = UdpReader(sock, buffer, lost, offload, receiver).on_readable
+        self._reader = UdpReader(sock, buffer, lost, offload, receiver)
+        self.on_readable = self._reader.on_readable
         reactor.register(sock, self.on_readable)
 
     def reach(self, address: SocketAddress) -> UdpDestination:
