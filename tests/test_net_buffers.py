@@ -1,5 +1,6 @@
 """The kernel's queues, and what is said of them."""
 
+import errno
 import logging
 import os
 import shutil
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from relay.net.buffers import log_buffers, set_buffers
+from relay.net.buffers import BufferSetter, log_buffers, set_buffers
 from relay.net.listening import LISTEN_BUFFER
 from relay.net.udp import PORT_BUFFER
 from tests.process import RelayProcess, free_port
@@ -39,6 +40,41 @@ def test_a_queue_that_is_long_enough_is_left_alone() -> None:
 
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 300_000
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 300_000
+
+
+class Kernel:
+    """Stands in for a socket of a kernel that may refuse to exceed its limits."""
+
+    def __init__(self, *, forces: bool) -> None:
+        self._forces = forces
+        self.calls: list[tuple[int, int]] = []
+
+    def setsockopt(self, _level: int, option: int, value: int) -> None:
+        self.calls.append((option, value))
+        if option in {32, 33} and not self._forces:  # SO_SNDBUFFORCE, SO_RCVBUFFORCE
+            raise PermissionError(errno.EPERM, "not permitted")
+
+    def getsockopt(self, *_: int) -> int:
+        raise AssertionError("a question that changes nothing")
+
+
+def test_what_the_kernel_once_refused_it_is_not_asked_again() -> None:
+    """Privileges do not come back, and each allocation would pay for the question."""
+    setter = BufferSetter()
+    sockets: list[Any] = [Kernel(forces=False) for _ in range(3)]
+    for sock in sockets:
+        setter.set(sock, SIZE)
+
+    plain = [(socket.SO_RCVBUF, SIZE), (socket.SO_SNDBUF, SIZE)]
+    assert [sock.calls for sock in sockets] == [[(33, SIZE), *plain], plain, plain]
+
+
+def test_where_limits_may_be_exceeded_they_are() -> None:
+    setter, sock = BufferSetter(), Kernel(forces=True)
+    kernel: Any = sock
+    setter.set(kernel, SIZE)
+
+    assert sock.calls == [(33, SIZE), (32, SIZE)]
 
 
 @pytest.mark.parametrize(

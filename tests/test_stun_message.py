@@ -12,10 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.stun.address import Address, unpack_host
-from relay.stun.attributes import BY_TYPE, Attr, Attribute, DecodeError, comprehension_required
+from relay.stun.attributes import (
+    BY_TYPE,
+    Attr,
+    Attribute,
+    DecodeError,
+    UndecodableAttribute,
+    comprehension_required,
+)
 from relay.stun.const import Family, Kind, Method
 from relay.stun.integrity import verify
-from relay.stun.message import Message, WrongFingerprint, decode
+from relay.stun.message import Message, decode
+from relay.stun.raw import WrongFingerprint, read
 
 COOKIE: Final = 0x2112A442
 TRANSACTION_ID: Final = bytes(range(12))
@@ -237,6 +245,27 @@ def test_some_attributes_may_repeat(attribute: Attribute[Address]) -> None:
     assert message.get(attribute) == values[0]
     assert message.get(Attr.LIFETIME) is None
     assert message.get_all(Attr.LIFETIME) == []
+
+
+def test_as_many_may_repeat_as_fit_in_their_order() -> None:
+    values = [("192.0.2.1", port) for port in range(5000)]
+    pairs = [(Attr.XOR_PEER_ADDRESS, value) for value in values]
+    datagram = Message(Kind.REQUEST, Method.CREATE_PERMISSION, TRANSACTION_ID, pairs).encode()
+
+    assert read(datagram).get_all(Attr.XOR_PEER_ADDRESS) == values
+
+
+def test_only_what_is_asked_for_is_decoded() -> None:
+    """A server refuses most of what it gets before it looks at the attributes."""
+    raw = read(stun((0x000D, b"?"), (0x0006, b"alice"), (0x0008, bytes(19))))
+
+    assert raw.get(Attr.USERNAME) == "alice"
+    assert raw.get(Attr.REALM) is None
+    with pytest.raises(UndecodableAttribute, match=r"^LIFETIME: 1 bytes instead of 4$"):
+        raw.get(Attr.LIFETIME)
+    with pytest.raises(UndecodableAttribute, match=r"^MESSAGE-INTEGRITY: 19 bytes"):
+        raw.get(Attr.MESSAGE_INTEGRITY)
+    assert raw.integrity_offset is None
 
 
 UNKNOWN = [

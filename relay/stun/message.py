@@ -6,9 +6,7 @@ from typing import Any, TypeVar
 from relay.stun.attributes import BY_TYPE, Attr, Attribute, UndecodableAttribute
 from relay.stun.const import MAGIC_COOKIE, Kind
 from relay.stun.integrity import FINGERPRINT_SIZE, INTEGRITY_SIZE, fingerprint, integrity
-from relay.stun.raw import HEADER, TLV, RawMessage, WrongFingerprint, read, type_of
-
-__all__ = ["Message", "Received", "WrongFingerprint", "decode"]
+from relay.stun.raw import HEADER, TLV, RawMessage, read, type_of
 
 T = TypeVar("T")
 _INTEGRITY_HEADER = TLV.pack(Attr.MESSAGE_INTEGRITY.type, INTEGRITY_SIZE - 4)
@@ -72,9 +70,8 @@ class Received:
 def decode(datagram: bytes) -> Received:
     """Read a datagram that should be STUN, and decode all attributes that are in the table.
 
-    Raises DecodeError if it is no STUN message, WrongFingerprint if its FINGERPRINT
-    does not match. A bad value within a sound frame raises nothing: it is left out of the
-    message and reported as *undecodable*.
+    Raises what :func:`~relay.stun.raw.read` does. A bad value within a sound frame raises
+    nothing: it is left out of the message, and reported as *undecodable*.
     """
     raw = read(datagram)
     message = Message(Kind(raw.message_class), raw.method, raw.transaction_id)
