@@ -26,7 +26,7 @@ class Metric(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One metric of one case, as each round found it for the relay and for coturn."""
+    """One metric of one case, as each round found it for the relay and for a coturn."""
 
     case: str
     metric: Metric

@@ -42,6 +42,7 @@ Command = tuple[list[str], Credentials]
 def relay_command(port: int, folder: Path) -> Command:
     """Return how to start this relay, as README says; its secret goes to *folder*."""
     secret, secret_file = secrets.token_hex(32), folder / "relay.secret"
+    lowest, highest = _RELAY_PORTS[port]
     secret_file.touch(mode=0o600)
     secret_file.write_text(secret)
     command = [
@@ -49,7 +50,7 @@ def relay_command(port: int, folder: Path) -> Command:
         f"--config={os.devnull}",
         f"--public-ip4-addr={RELAY_HOST}",
         f"--listen-port={port}",
-        *("--lowest-port=32768", "--highest-port=49151"),
+        *(f"--lowest-port={lowest}", f"--highest-port={highest}"),
         f"--allow-peer={PEER_PREFIX}",
         f"--relay-secret-file={secret_file}",
     ]
@@ -59,19 +60,28 @@ def relay_command(port: int, folder: Path) -> Command:
 
 def coturn_command(port: int, folder: Path) -> Command:
     """Return how to start coturn with one relay thread and without what this relay lacks."""
-    credentials = Credentials("versus", secrets.token_hex(16))
-    command = [
-        *("turnserver", "-n", "-m", "1"),
+    command, credentials = default_coturn_command(port, folder)
+    command += [
+        *("-m", "1"),
         *("--no-cli", "--no-tls", "--no-dtls", "--no-tcp", "--no-tcp-relay"),
         *("--no-rfc5780", "--no-multicast-peers"),
-        *("--lt-cred-mech", "--realm=versus"),
+    ]
+    return command, credentials
+
+
+def default_coturn_command(port: int, folder: Path) -> Command:
+    """Return how to start coturn as Debian has it: with a relay thread per CPU of the machine."""
+    credentials = Credentials("versus", secrets.token_hex(16))
+    lowest, highest = _RELAY_PORTS[port]
+    command = [
+        *("turnserver", "-n", "--lt-cred-mech", "--realm=versus"),
         f"--user={credentials.username}:{credentials.password}",
         f"--listening-ip={RELAY_HOST}",
         f"--relay-ip={RELAY_HOST}",
         f"--listening-port={port}",
-        *("--min-port=49152", "--max-port=65535"),
+        *(f"--min-port={lowest}", f"--max-port={highest}"),
         *("--log-file=stdout", "--simple-log"),
-        f"--pidfile={folder / 'coturn.pid'}",
+        f"--pidfile={folder / f'coturn-{port}.pid'}",
     ]
     return command, credentials
 
@@ -79,8 +89,11 @@ def coturn_command(port: int, folder: Path) -> Command:
 SERVERS: Final[dict[str, Callable[[int, Path], Command]]] = {
     "relay": relay_command,
     "coturn": coturn_command,
+    "coturn, defaults": default_coturn_command,
 }
-_PORTS: Final = {"relay": 3478, "coturn": 3479}
+_PORTS: Final = {"relay": 3478, "coturn": 3479, "coturn, defaults": 3490}
+# All run at the same time, at one address. Enough for the most allocations that are held.
+_RELAY_PORTS: Final = {3478: (10_000, 27_999), 3479: (28_000, 45_999), 3490: (46_000, 65_535)}
 
 
 @contextmanager
