@@ -95,6 +95,9 @@ class RelayPort:
         """Give up the port in every family."""
         for sock in self.sockets.values():
             sock.close()
+        # Each of them holds what it hands datagrams to, which is this: a cycle, which would be
+        # left to the garbage collector.
+        self.sockets.clear()
 
 
 class RelayPorts:

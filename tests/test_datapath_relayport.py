@@ -1,0 +1,96 @@
+"""Relay ports on real sockets: what is opened is closed, and nothing of it is left."""
+
+import gc
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from relay.datapath.destination import Workspace
+from relay.datapath.relayport import RelayPorts
+from relay.net.offload import Offload
+from relay.net.reactor import Reactor
+from relay.net.udp import PortOpener
+from relay.observe.counters import Counters
+from relay.stun.const import Family
+
+HOSTS = {Family.IPV4: "127.0.0.1", Family.IPV6: "::1"}
+BOTH = (Family.IPV4, Family.IPV6)
+
+
+@pytest.fixture
+def reactor() -> Iterator[Reactor]:
+    reactor = Reactor()
+    yield reactor
+    reactor.close()
+
+
+@pytest.fixture
+def ports(reactor: Reactor) -> RelayPorts:
+    workspace = Workspace(Counters())
+    opener = PortOpener(
+        reactor,
+        {int(family): host for family, host in HOSTS.items()},
+        workspace.for_peers,
+        workspace.counters.lost,
+        Offload(wanted=True),
+    )
+    return RelayPorts(workspace, opener.open, lambda host: host in HOSTS.values())
+
+
+def test_nothing_of_a_port_is_left_to_the_garbage_collector(
+    reactor: Reactor, ports: RelayPorts
+) -> None:
+    """Its collections hold up everyone's datagrams, the more there is to look at."""
+    number = free_port()
+    gc.collect()
+    gc.disable()
+    try:
+        ports.open(number, BOTH)
+        ports.close(number)
+        reactor.close_retired()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_both_families_or_none(ports: RelayPorts) -> None:
+    number = free_port()
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as other:
+        other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        other.bind(("::1", number))
+        with pytest.raises(OSError, match="in use"):
+            ports.open(number, BOTH)
+    assert ports.at(("127.0.0.1", number)) is None
+
+    ports.open(number, BOTH)  # the first one's IPv4 socket does not hold it any more
+    assert ports.at(("127.0.0.1", number)) is ports.at(("::1", number)) is ports[number]
+    ports.close_all()
+
+
+def test_what_comes_from_a_port_of_ours_is_known(ports: RelayPorts) -> None:
+    """Family, number and host: all three must be ours. RFC 8656 §21.1.7."""
+    number = free_port()
+    ports.open(number, (Family.IPV4,))
+
+    assert ports.is_source(("127.0.0.1", number))
+    assert not ports.is_source(("127.0.0.2", number))
+    assert not ports.is_source(("::1", number))
+    assert not ports.is_source(("127.0.0.1", number - 1))
+    ports.close_all()
+
+
+def free_port() -> int:
+    """Return a UDP port that is free in both families."""
+    while True:
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as four,
+            socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as six,
+        ):
+            four.bind(("127.0.0.1", 0))
+            number: int = four.getsockname()[1]
+            try:
+                six.bind(("::1", number))
+            except OSError:
+                continue
+            return number
