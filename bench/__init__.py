@@ -1,1 +1,1 @@
-"""Questions about the relay, answered with numbers: see README.md."""
+"""Benchmarks of the relay: see README.md."""

@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         "--burst", type=int, default=1, metavar="N", help="datagrams back to back; default 1"
     )
     what.add_argument(
-        "--train", action="store_true", help="send each burst in one piece (UDP_SEGMENT)"
+        "--gso", action="store_true", help="send each burst in one system call (UDP_SEGMENT)"
     )
     what.add_argument(
         "--peer-host", metavar="ADDR", help="where the peers are; default: as the server sees us"
@@ -204,7 +204,7 @@ def _load(options: argparse.Namespace) -> Load:
         seconds=seconds,
         direction=Direction(options.direction),
         burst=options.burst,
-        train=options.train,
+        gso=options.gso,
     )
 
 

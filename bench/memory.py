@@ -1,9 +1,9 @@
 """What a live allocation costs while nothing happens: in memory, and in CPU time.
 
 Run it with ``python -m bench.memory [ALLOCATIONS]``. Server, data path, reactor and relay
-sockets are the real ones; only the listening socket is none, so that nobody has to take
-the answers. Counted is what Python holds for each allocation, its socket's objects too, but
-neither the kernel's memory nor the interpreter's own. The CPU time is that of the reactor
+sockets are the real ones; only the listening socket is missing, so that nobody has to take
+the answers. The memory is what Python holds for each allocation, with the objects of its socket,
+but without the kernel's memory and the interpreter's own. The CPU time is that of the reactor
 waiting with all the sockets open.
 """
 

@@ -1,6 +1,6 @@
 """How many requests one core can answer, if the sockets cost nothing.
 
-A request goes through the whole state machine: decoded, its signature verified, judged,
+A request goes through the whole state machine: decoded, its signature verified, checked,
 carried out, and the signed answer encoded. One call serves one request, so the column OPS
 is requests per second. The first benchmark begins with no allocations and ends with
 :data:`ALLOCATIONS`; the others serve one client among that many.

@@ -1,9 +1,9 @@
 """How much of a relayed datagram's time is ours, between its read and its send.
 
-One call takes a datagram, or a train of 32, that lies in the buffer, looks up its route among
+One call takes a datagram, or 32 segments of one read, from the buffer, looks up the route among
 those of :data:`CLIENTS` clients and hands it to a socket that does nothing. The kernel takes
 a multiple of that for its read and its send (``test_sockets.py``); ``test_round_trip.py``
-measures it all.
+measures all of it.
 """
 
 from typing import Any, Final
@@ -25,7 +25,7 @@ CLIENTS: Final = 1000
 NUMBER: Final = 0x4000
 PEER: Final = PeerAddress(("198.51.100.7", 9000))
 PAYLOAD: Final = bytes(1200)
-TRAIN: Final = 32
+SEGMENTS: Final = 32
 OFTEN: Final = {"rounds": 100, "iterations": 1000}  # one call is too short to be timed
 LESS_OFTEN: Final = {"rounds": 100, "iterations": 100}
 
@@ -52,31 +52,31 @@ def test_peer_to_client(benchmark: BenchmarkFixture, table: "Table") -> None:
 
 
 @pytest.mark.parametrize("is_alike", [True, False], ids=["alike", "mixed"])
-def test_train_to_peer(benchmark: BenchmarkFixture, table: "Table", *, is_alike: bool) -> None:
-    """Of a mixed one the last datagram is on another channel: all go one by one."""
+def test_segments_to_peer(benchmark: BenchmarkFixture, table: "Table", *, is_alike: bool) -> None:
+    """If mixed, the last datagram is on another channel: all are relayed one by one."""
     datagram = channel_data(NUMBER, PAYLOAD)
-    train = datagram * TRAIN
-    table.buffer[: len(train)] = train
+    segments = datagram * SEGMENTS
+    table.buffer[: len(segments)] = segments
     if not is_alike:
-        table.buffer[len(train) - len(datagram) + 1] += 1
+        table.buffer[len(segments) - len(datagram) + 1] += 1
 
     benchmark.pedantic(  # type: ignore[no-untyped-call]
         table.datapath.clients.on_segments,
-        args=(len(train), len(datagram), table.clients[CLIENTS // 2]),
+        args=(len(segments), len(datagram), table.clients[CLIENTS // 2]),
         **LESS_OFTEN,
     )
 
-    assert bool(table.counters.trains) is is_alike
+    assert bool(table.counters.batches) is is_alike
 
 
-def test_train_to_client(benchmark: BenchmarkFixture, table: "Table") -> None:
+def test_segments_to_client(benchmark: BenchmarkFixture, table: "Table") -> None:
     benchmark.pedantic(  # type: ignore[no-untyped-call]
         table.ports[CLIENTS // 2].on_segments,
-        args=(TRAIN * len(PAYLOAD), len(PAYLOAD), PEER),
+        args=(SEGMENTS * len(PAYLOAD), len(PAYLOAD), PEER),
         **LESS_OFTEN,
     )
 
-    assert table.counters.trains
+    assert table.counters.batches
 
 
 def test_unknown_channel(benchmark: BenchmarkFixture, table: "Table") -> None:

@@ -1,6 +1,6 @@
 """What 32 datagrams cost at the sockets: waking up for them, reading them, sending them.
 
-Compare one by one with a train, and the kinds of sockets with each other: the one on a
+Compare one by one with segments (GRO, GSO), and the kinds of sockets with each other: the one on a
 wildcard address has to learn and to say which of our addresses was asked. All is loopback,
 where a send includes the kernel putting the datagram into the queue of who reads it.
 """
@@ -49,14 +49,14 @@ def test_read_single_datagrams(
 
 @every_kind
 @every_size
-def test_read_a_train(benchmark: BenchmarkFixture, ends: "Ends", kind: str, size: int) -> None:
+def test_read_segments(benchmark: BenchmarkFixture, ends: "Ends", kind: str, size: int) -> None:
     """One read, and another one to see that there is no more."""
     sock = ends.opens(kind)
-    ends.sends(COUNT, size)  # as nobody expects trains before a burst
+    ends.sends(COUNT, size)  # GRO is off before a burst
     sock.on_readable()
     ends.reads.clear()
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        sock.on_readable, setup=partial(ends.sends_train, COUNT, size), **ROUNDS
+        sock.on_readable, setup=partial(ends.sends_segments, COUNT, size), **ROUNDS
     )
     assert ends.reads == {COUNT}
 
@@ -78,7 +78,7 @@ def test_send_single_datagrams(
 
 @every_kind
 @every_size
-def test_send_a_train(benchmark: BenchmarkFixture, ends: "Ends", kind: str, size: int) -> None:
+def test_send_segments(benchmark: BenchmarkFixture, ends: "Ends", kind: str, size: int) -> None:
     """To someone who reads it one by one."""
     outside = ends.reaches_outside(kind)
     pieces: list[memoryview | bytes] = [memoryview(bytes(size))] * COUNT
@@ -126,8 +126,8 @@ class Ends:
         for _ in range(count):
             self.outside.sendto(bytes(size), address)
 
-    def sends_train(self, count: int, size: int) -> None:
-        """Send a train to the socket that was opened."""
+    def sends_segments(self, count: int, size: int) -> None:
+        """Send segments to the socket that was opened."""
         segment = (17, 103, struct.pack("H", size))  # SOL_UDP, UDP_SEGMENT
         self.outside.sendmsg([bytes(size * count)], [segment], 0, self._address)
 

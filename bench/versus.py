@@ -1,12 +1,12 @@
-"""This relay and Debian's coturn under the same loads, one beside the other.
+"""This relay and Debian's coturn under the same loads, compared.
 
 Run it as root with ``python -m bench.versus``; ``--quick`` takes about two minutes, the whole of it
 about twenty. It needs two CPUs that have nothing else to do: one is the servers',
 the other the load client's. Three network namespaces stand for clients, relay and peers; they and
 the servers are gone afterwards, also when it is interrupted.
 
-The machine is never equally fast for long. So the servers get each load in turn, A B, B A, …;
-each round gives a ratio, and what counts is the median of these and how far they spread.
+The machine is never equally fast for long, so each load alternates between the servers:
+A B, B A, … Each round gives a ratio; the result is the median with the smallest and the largest.
 It writes RESULTS.md, results.json with all that was measured, and results.svg.
 """
 
@@ -37,11 +37,11 @@ from bench.loadlib.tally import CALM, SLOWEST, Lossless, Result, search
 from bench.loadlib.traffic import Load, Session, open_peers
 
 DESCRIPTORS: Final = 65536  # for the servers too: each has a socket for each allocation
-FORGETS_AFTER: Final = 3.0  # seconds: coturn then knows the ports of earlier clients no more
-TRAIN: Final = 16  # datagrams
+FORGETS_AFTER: Final = 3.0  # seconds: by then coturn has forgotten the ports of earlier clients
+BURST: Final = 16  # datagrams
 ALLOCATIONS: Final = "Allocations"
-# Singles of which nothing may be lost come eight at a time, each a datagram of its own: one by
-# one, the load client would be the limit. Where cost and latency are measured they come singly.
+# In the search single datagrams come eight at a time: one by one, the load client would be the
+# limit. Where cost and latency are measured they come one by one.
 SINGLES_OF_SEARCH: Final = 8
 STEP: Final = 0.3  # seconds of a step of the search
 MOST_DISTURBED: Final = 3  # times that something is measured in vain
@@ -50,7 +50,7 @@ PATIENCE: Final = 0.1  # seconds in which nothing comes: what is missing then is
 STEADY: Final = 0.4  # seconds of a round at the fixed rate
 SEARCH_STARTS_AT: Final = 20_000.0  # datagrams per second
 # Cost and latency are measured where neither server has trouble, in datagrams per second.
-STEADY_RATES: Final = {False: 10_000.0, True: 40_000.0}  # singles, trains
+STEADY_RATES: Final = {False: 10_000.0, True: 40_000.0}  # without GSO, with GSO
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Plan:
     """What to measure."""
 
     payloads: Sequence[int] = (60, 160, 1200)
-    payloads_of_defaults: Sequence[int] = (160,)  # beside coturn with Debian's defaults, too
+    payloads_of_defaults: Sequence[int] = (160,)  # compared with coturn with Debian's defaults, too
     clients: Sequence[int] = (1, 10, 100, 1000)
     rounds: int = 3  # of the search for the lossless rate
     steady_rounds: int = 9  # at the fixed rate, and of Allocates
@@ -95,12 +95,12 @@ NOTES: Final = f"""\
 The servers have one CPU, each alone at a time, and the load client another one. Coturn runs with
 one relay thread and without what the relay lacks (TCP, TLS, RFC 5780), and, where a table says
 so, with Debian's defaults: a relay thread per CPU of the machine, all of them on the same CPU
-here. Half of the datagrams go to peers, half
-to clients. The lossless rate is searched in steps of {STEP} s: nothing may be lost, and almost
-nothing under way at the end; there singles come {SINGLES_OF_SEARCH} at a time. CPU and latency are
-at {STEADY_RATES[False]:,.0f} single datagrams per second, one by one, and at
-{STEADY_RATES[True]:,.0f} in trains. An Allocate counts with the challenge before it. Memory is the
-process' own (VmRSS), without the kernel's, and with a channel for each allocation."""
+here. Half of the datagrams go to peers, half to clients. The lossless rate is searched in steps of
+{STEP} s: nothing may be lost, and almost nothing under way at the end; there single datagrams come
+{SINGLES_OF_SEARCH} at a time. CPU and latency are at {STEADY_RATES[False]:,.0f} single datagrams
+per second, one by one, and at {STEADY_RATES[True]:,.0f} in bursts with GSO. An Allocate counts
+with the challenge before it. Memory is the process' own (VmRSS), without the kernel's, and with a
+channel for each allocation."""
 
 
 @dataclass(slots=True)
@@ -153,11 +153,9 @@ def _measure(plan: Plan, network: Network, folder: Path, measured: Measured) -> 
         servers = [
             stack.enter_context(running(name, network, server_cpu, folder)) for name in SERVERS
         ]
-        for train, payload, clients in itertools.product(
-            (False, True), plan.payloads, plan.clients
-        ):
+        for gso, payload, clients in itertools.product((False, True), plan.payloads, plan.clients):
             compared = servers if payload in plan.payloads_of_defaults else servers[:2]
-            _compare_relaying(compared, network, Shape(payload, clients, train), plan, measured)
+            _compare_relaying(compared, network, Shape(payload, clients, gso), plan, measured)
         _compare_allocating(servers, network, plan, measured)
     _compare_memory(network, server_cpu, folder, plan, measured)
 
@@ -168,12 +166,12 @@ class Shape:
 
     payload: int
     clients: int
-    train: bool
+    gso: bool
 
     @property
     def table(self) -> str:
         """Which table it belongs to."""
-        return f"Trains of {TRAIN} datagrams" if self.train else "Single datagrams"
+        return f"Bursts of {BURST} datagrams in one call (GSO)" if self.gso else "Single datagrams"
 
     def __str__(self) -> str:
         many = "client" if self.clients == 1 else "clients"
@@ -182,31 +180,31 @@ class Shape:
     @property
     def searched(self) -> Load:
         """The load of a step of the search."""
-        burst = TRAIN if self.train else SINGLES_OF_SEARCH
-        return Load(self.payload, seconds=STEP, burst=burst, train=self.train)
+        burst = BURST if self.gso else SINGLES_OF_SEARCH
+        return Load(self.payload, seconds=STEP, burst=burst, gso=self.gso)
 
     @property
     def steady(self) -> Load:
         """The load at which cost and latency are measured."""
-        burst = TRAIN if self.train else 1
-        rate = STEADY_RATES[self.train]
-        return Load(self.payload, rate, STEADY, burst=burst, train=self.train)
+        burst = BURST if self.gso else 1
+        rate = STEADY_RATES[self.gso]
+        return Load(self.payload, rate, STEADY, burst=burst, gso=self.gso)
 
 
 def _compare_relaying(
     servers: Sequence[Server], network: Network, shape: Shape, plan: Plan, measured: Measured
 ) -> None:
-    """Put one shape of load on both servers, in turn. Raises LoadError."""
+    """Put one shape of load on the servers, which alternate. Raises LoadError."""
     rates: dict[str, list[Lossless]] = {server.name: [] for server in servers}
     steady: dict[str, list[Result]] = {server.name: [] for server in servers}
     with ExitStack() as stack:
         sessions = {
             server.name: _enter_session(stack, server, network, shape.clients) for server in servers
         }
-        for name in _in_turn(list(sessions), plan.rounds):
+        for name in _alternating(list(sessions), plan.rounds):
             rate = _search(sessions[name], shape.searched, rates[name], measured.calm)
             rates[name].append(rate)
-        for name in _in_turn(list(sessions), plan.steady_rounds):
+        for name in _alternating(list(sessions), plan.steady_rounds):
             steady[name].append(measured.calm.measure(sessions[name], shape.steady))
     for name in sessions:
         measured.raw.append(
@@ -225,7 +223,7 @@ def _compare_relaying(
     for rival in _rivals(sessions):
         compare = partial(_compare, shape, rival)
         measured.add(
-            _beside(rival, shape.table),
+            _title(rival, shape.table),
             compare(Metric.RATE, rates, lambda rate: max(rate.rate, SLOWEST)),
             compare(Metric.COST, steady, lambda result: result.server_cost or 0.0),
             compare(Metric.P50, steady, lambda result: _percentile(result, "p50")),
@@ -237,9 +235,9 @@ def _rivals(names: Iterable[str]) -> list[str]:
     return [name for name in names if name != "relay"]
 
 
-def _beside(rival: str, table: str) -> str:
+def _title(rival: str, table: str) -> str:
     """Return the title of a table, with the rival if that is not the usual one."""
-    return table if rival == "coturn" else f"{table}, beside {rival}"
+    return table if rival == "coturn" else f"{table}, compared with {rival}"
 
 
 T = TypeVar("T", Lossless, Result)
@@ -283,11 +281,11 @@ def _search(session: Session, load: Load, before: Sequence[Lossless], calm: Calm
 def _compare_allocating(
     servers: Sequence[Server], network: Network, plan: Plan, measured: Measured
 ) -> None:
-    """Allocate for many clients at once, in turn. Raises LoadError."""
+    """Allocate for many clients at once, on servers that alternate. Raises LoadError."""
     rates: dict[str, list[float]] = {server.name: [] for server in servers}
     costs: dict[str, list[float]] = {server.name: [] for server in servers}
     by_name = {server.name: server for server in servers}
-    for name in _in_turn(list(by_name), plan.steady_rounds):
+    for name in _alternating(list(by_name), plan.steady_rounds):
         server = by_name[name]
         time.sleep(FORGETS_AFTER)
         with inside(network.clients):
@@ -302,7 +300,7 @@ def _compare_allocating(
     measured.raw.append({"allocations": plan.allocations, "rates": rates, "costs": costs})
     for rival in _rivals(by_name):
         measured.add(
-            _beside(rival, ALLOCATIONS),
+            _title(rival, ALLOCATIONS),
             Comparison(case, Metric.ALLOCATES, rates["relay"], rates[rival]),
             Comparison(case, Metric.ALLOCATE_COST, costs["relay"], costs[rival]),
         )
@@ -350,7 +348,7 @@ def _enter_session(stack: ExitStack, server: Server, network: Network, clients: 
     return stack.enter_context(session)
 
 
-def _in_turn(names: Sequence[str], rounds: int) -> Iterable[str]:
+def _alternating(names: Sequence[str], rounds: int) -> Iterable[str]:
     """Return the names round by round, every other round backwards."""
     for number in range(rounds):
         yield from names if number % 2 == 0 else reversed(names)

@@ -1,1 +1,1 @@
-"""What goes beside the relay on a machine: units, a manual page, completion, rules for others."""
+"""What is installed with the relay: units, a manual page, completion, rules for other programs."""

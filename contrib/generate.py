@@ -1,4 +1,4 @@
-"""Writes the manual page and the completions, from the parser and the templates beside them.
+"""Writes the manual page and the completions, from the parser and the templates next to them.
 
 Type ``python -m contrib.generate`` after any change to the options, the metrics or a template.
 In a template ``@name@`` stands for what is known under that name here.
@@ -112,15 +112,15 @@ def _manual_page(parser: ArgumentParser) -> str:
         "auth-failures": _enumeration(failure.value for failure in AuthFailure),
         "not-public": "\n".join(_prefix_lines()),
         "realm": REALM,
-        "welcome-hours": str(CREDENTIAL_LIFETIME // 3600),
+        "credential-hours": str(CREDENTIAL_LIFETIME // 3600),
         "max-channels": f"{MAX_CHANNELS:,}",
         "listen-buffer": str(LISTEN_BUFFER >> 20),
         "relay-buffer": str(PORT_BUFFER >> 10),
         "rate-burst": f"{ratelimit.BURST:g}",
         "stuck-after": f"{STUCK_AFTER:g}",
-        "brake-burst": str(BURST),
-        "brake-burst-of-all": str(BURST_OF_ALL),
-        "brake-interval": f"{INTERVAL:g}",
+        "log-limit-burst": str(BURST),
+        "log-limit-burst-of-all": str(BURST_OF_ALL),
+        "log-limit-interval": f"{INTERVAL:g}",
     }
     return _filled("man/firezone-relay.8.in", values)
 

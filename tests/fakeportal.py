@@ -136,7 +136,7 @@ class FakePortal:
             listener.close()
 
     def drops(self) -> None:
-        """Close all connections, without a word; new ones are welcome."""
+        """Close all connections, without a word, and go on accepting new ones."""
         with self._changed:
             connections, self._open = self._open, []
         for connection in connections:
@@ -426,7 +426,7 @@ class Connection:
         """Say nothing; the connection stays open."""
 
     def waits_forever(self) -> None:
-        """Have patience with a client that says nothing."""
+        """Set no time limit for what the client says."""
         self._sock.settimeout(None)
 
     # --- How it ends

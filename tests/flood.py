@@ -1,9 +1,9 @@
-"""Floods of every kind, from processes of their own: those of strangers, of users, and of HTTP.
+"""Floods of every kind, from processes of their own: unauthenticated, of users, and of HTTP.
 
 ``python -m tests.flood KIND HOST PORT HTTP_PORT SECRET`` plays all floods that :data:`FLOODS` has
-of a kind for each line of its input, and writes a line when the relay has read them. Little is
-under way at a time, so that no queue of the kernel overflows: a test may then insist on every
-datagram of somebody else.
+of a kind for each line of its input, and writes a line when the relay has read them. Few
+datagrams are under way at a time, so that no queue of the kernel overflows: a test can then
+require that every datagram of somebody else arrives.
 """
 
 import os
@@ -25,8 +25,8 @@ from tests.scenario import channel_data, request
 from tests.turnclient import TIMEOUT, TurnClient, TurnError
 
 PORTS: Final = range(62000, 62256)  # for allocations; the kernel hands out none of these by itself
-# Networks of their own: only strangers are to exceed the rate of unsigned answers.
-STRANGER, USERS = "127.66.66.66", "127.77.77."
+# Networks of their own: only unauthenticated clients are to exceed the rate of unsigned answers.
+UNAUTHENTICATED, USERS = "127.66.66.66", "127.77.77."
 NEVER: Final = 2**64 - 1  # when a credential expires
 TIMES: Final = 4  # that each flood comes in a round
 # Bytes that a flooder may take of a queue, which has 416 KiB where nobody has set anything.
@@ -89,7 +89,7 @@ class Target:
         username, right = mint(expiry, salt or self.rng.randbytes(8).hex(), self._secret)
         own = f"{USERS}{self.rng.randrange(1, 255)}"
         with TurnClient(("127.0.0.1", self.port), username, password or right, bind=own) as client:
-            client._nonce = b"none"  # so that it signs from the start, and is no stranger
+            client._nonce = b"none"  # so that it signs from its first request on
             yield client
 
     def signed(
@@ -105,17 +105,17 @@ class Target:
 Flood = Callable[[Target], None]
 
 
-# --- Strangers ------------------------------------------------------------------------------
+# --- Unauthenticated clients ----------------------------------------------------------------
 
 
-def from_strangers(datagrams: Callable[[Target], Iterator[bytes]]) -> Flood:
+def unauthenticated(datagrams: Callable[[Target], Iterator[bytes]]) -> Flood:
     """Send these to the listening port, in both families."""
 
     def flood(target: Target) -> None:
-        for host, own in zip(target.hosts, (STRANGER, "::1"), strict=True):
-            with TurnClient((host, target.port), "", "", bind=own) as stranger:
+        for host, own in zip(target.hosts, (UNAUTHENTICATED, "::1"), strict=True):
+            with TurnClient((host, target.port), "", "", bind=own) as client:
                 for datagram in datagrams(target):
-                    target.sends(datagram, stranger.socket)
+                    target.sends(datagram, client.socket)
 
     return flood
 
@@ -140,7 +140,7 @@ def mutated_stun(target: Target) -> Iterator[bytes]:
 
 
 def bindings(_: Target) -> Iterator[bytes]:
-    """More than a network gets answers to."""
+    """More than are answered for one network."""
     yield from (request(Method.BINDING).encode(fingerprinted=n % 2 == 1) for n in range(1000))
 
 
@@ -156,7 +156,7 @@ def malformed_usernames(_: Target) -> Iterator[bytes]:
 
 
 def foreign_and_invented_nonces(target: Target) -> Iterator[bytes]:
-    """Also what would end the allocation of whom it is copied from."""
+    """Among them a copied Refresh that would end the allocation of its sender."""
     for nonce in (None, b"", b"invented", bytes(700), *(target.rng.randbytes(36),) * 20):
         yield target.signed(Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, 17), nonce=nonce)
         yield target.signed(Method.REFRESH, (Attr.LIFETIME, 0), nonce=nonce)
@@ -198,7 +198,7 @@ def channel_data_of_nobody(target: Target) -> Iterator[bytes]:
 
 
 def unbound_peers(target: Target) -> None:
-    """Write to every port that may be lent, whoever has it."""
+    """Write to every port for allocations, whoever has it."""
     for host, family in zip(target.hosts, (socket.AF_INET, socket.AF_INET6), strict=True):
         with socket.socket(family, socket.SOCK_DGRAM) as mallory:
             for port in tuple(PORTS) * 4:
@@ -238,7 +238,7 @@ def expired_and_huge_expiries(target: Target) -> None:
 
 
 def short_lives(target: Target) -> None:
-    """They leave without a word."""
+    """They leave without deleting their allocations."""
     for number in range(40):
         with target.user() as client:
             client.allocates(lifetime=1 + number % 2)
@@ -271,7 +271,7 @@ def takeovers(target: Target) -> None:
 
 
 def every_port(target: Target) -> None:
-    """Take what there is until nothing is left, past ports that others hold; give it back."""
+    """Allocate until no port is left, though others hold some; then give all of them back."""
     with ExitStack() as stack:
         served: list[TurnClient] = []
         with suppress(TurnError):
@@ -366,19 +366,19 @@ def gets(target: Target, path: bytes) -> None:
 # --- All of them ----------------------------------------------------------------------------
 
 FLOODS: Final[dict[str, tuple[Flood, ...]]] = {
-    "strangers": (
-        from_strangers(garbage),
-        from_strangers(truncated_stun),
-        from_strangers(mutated_stun),
-        from_strangers(bindings),
-        from_strangers(unsigned_requests),
-        from_strangers(malformed_usernames),
-        from_strangers(foreign_and_invented_nonces),
-        from_strangers(indications_and_responses),
-        from_strangers(odd_attributes),
-        from_strangers(wrong_fingerprints),
-        from_strangers(oversized_stun),
-        from_strangers(channel_data_of_nobody),
+    "unauthenticated": (
+        unauthenticated(garbage),
+        unauthenticated(truncated_stun),
+        unauthenticated(mutated_stun),
+        unauthenticated(bindings),
+        unauthenticated(unsigned_requests),
+        unauthenticated(malformed_usernames),
+        unauthenticated(foreign_and_invented_nonces),
+        unauthenticated(indications_and_responses),
+        unauthenticated(odd_attributes),
+        unauthenticated(wrong_fingerprints),
+        unauthenticated(oversized_stun),
+        unauthenticated(channel_data_of_nobody),
         unbound_peers,
         source_port_0,
     ),

@@ -68,7 +68,7 @@ class RelayProcess:
         self.port = port
         self._portal = portal
         self.username = self.password = ""
-        self.welcome: list[str] = []  # what it printed before it was ready
+        self.printed_at_start: list[str] = []  # what it printed before it was ready
         self._log: list[str] = []
         self._log_grows = threading.Condition()
         self._log_ended = False
@@ -105,7 +105,7 @@ class RelayProcess:
         if self._portal:
             return self
         for line in _pipe(self.process.stdout):
-            self.welcome.append(line.rstrip("\n"))
+            self.printed_at_start.append(line.rstrip("\n"))
             name, _, value = line.partition(":")
             if name == "username":
                 self.username = value.strip()

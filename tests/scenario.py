@@ -140,21 +140,21 @@ class Scenario:
         self.server.check()
 
     def receives_segments_from_client(
-        self, train: bytes, segment: int, client: ClientAddress
+        self, segments: bytes, segment: int, client: ClientAddress
     ) -> None:
         """Receive datagrams of *segment* bytes, the last perhaps shorter, in one read."""
-        self._buffer[: len(train)] = train
-        self.datapath.clients.on_segments(len(train), segment, client)
+        self._buffer[: len(segments)] = segments
+        self.datapath.clients.on_segments(len(segments), segment, client)
         self.server.check()
 
     def receives_segments_from_peer(
-        self, train: bytes, segment: int, peer: PeerAddress, to: Address
+        self, segments: bytes, segment: int, peer: PeerAddress, to: Address
     ) -> None:
         host, port = to
         sock = self.network.sockets.get((family_of(host), port))
         if sock is not None:
-            self._buffer[HEADER_SIZE : HEADER_SIZE + len(train)] = train
-            sock.receiver.on_segments(len(train), segment, peer)
+            self._buffer[HEADER_SIZE : HEADER_SIZE + len(segments)] = segments
+            sock.receiver.on_segments(len(segments), segment, peer)
 
     def receives_from_peer(self, datagram: bytes, peer: PeerAddress, to: Address) -> None:
         host, port = to
@@ -435,7 +435,7 @@ class FakeSocket:
 
 
 class FakeDestination:
-    """Whoever is sent to: what arrives there is remembered."""
+    """A destination that remembers what is sent to it."""
 
     def __init__(self, network: Network, arrive: "Callable[[bytes], ToClient | ToPeer]") -> None:
         self._network = network

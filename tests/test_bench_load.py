@@ -118,17 +118,17 @@ def test_a_search_with_a_username_goes_to_standard_output_as_json(
 
 @pytest.mark.parametrize("direction", Direction)
 @pytest.mark.parametrize(
-    ("burst", "train"),
+    ("burst", "gso"),
     [
         pytest.param(1, False, id="one by one"),
         pytest.param(8, False, id="back to back"),
-        pytest.param(8, True, id="trains"),
+        pytest.param(8, True, id="GSO"),
     ],
 )
 def test_every_datagram_of_every_flow_arrives(
-    session: Session, direction: Direction, burst: int, train: bool
+    session: Session, direction: Direction, burst: int, gso: bool
 ) -> None:
-    wanted = Load(160, 2000, 0.05, direction, burst, train)
+    wanted = Load(160, 2000, 0.05, direction, burst, gso)
     result = session.measure(wanted)
 
     assert result.sent > 0
@@ -238,7 +238,7 @@ class Loaded(Session):
         pytest.param([HOST, "--seconds=241"], "at most 240", id="seconds"),
         pytest.param([HOST, "--burst=0"], "burst is at least 1", id="burst"),
         pytest.param(
-            [HOST, "--train", "--burst=55", "--payload=1200"], "at most 54", id="long train"
+            [HOST, "--gso", "--burst=55", "--payload=1200"], "at most 54", id="long burst with GSO"
         ),
         pytest.param([HOST, "--search", "--loss=5"], "--loss is a part", id="loss in percent"),
         pytest.param([HOST, "--search", "--rate=max"], "begins at a rate", id="search from max"),
@@ -385,35 +385,35 @@ class Answering:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-@pytest.mark.parametrize("train", [False, True])
-def test_frames_arrive_as_they_were_sent(host: str, train: bool) -> None:
-    """A train arrives in one piece, whose datagrams have the size that it says."""
+@pytest.mark.parametrize("gso", [False, True])
+def test_frames_arrive_as_they_were_sent(host: str, gso: bool) -> None:
+    """With GSO they arrive in one piece, which says how large its datagrams are."""
     with closing(udp_socket(host)) as sender, closing(udp_socket(host)) as receiver:
         receiver.bind((host, 0))
         name = socket_name(*receiver.getsockname()[:2])
-        outbox, inbox = Outbox(20, 5, train=train, name_size=len(name)), Inbox()
+        outbox, inbox = Outbox(20, 5, gso=gso, name_size=len(name)), Inbox()
         outbox.buffer[:] = bytes(range(100))
         outbox.address_to(name)
         assert outbox.send(sender.fileno()) == 5
         pieces = inbox.receive(receiver.fileno())
 
-        assert [stop - start for start, stop, _ in pieces] == ([100] if train else [20] * 5)
+        assert [stop - start for start, stop, _ in pieces] == ([100] if gso else [20] * 5)
         assert {step for _, _, step in pieces} == {20}
         arrived = b"".join(inbox.buffer[start:stop] for start, stop, _ in pieces)
         assert arrived == outbox.buffer
 
 
-def test_a_single_after_a_train_is_a_single() -> None:
+def test_a_single_datagram_after_gso_is_single() -> None:
     """What the kernel left in the control buffer does not count again."""
     with closing(udp_socket(HOST)) as sender, closing(udp_socket(HOST)) as receiver:
         receiver.bind((HOST, 0))
         sender.connect(receiver.getsockname())
         inbox = Inbox()
-        Outbox(20, 2, train=True).send(sender.fileno())
+        Outbox(20, 2, gso=True).send(sender.fileno())
         assert inbox.receive(receiver.fileno()) == [(0, 40, 20)]
         sender.send(bytes(40))
         assert inbox.receive(receiver.fileno()) == [(0, 40, 40)]
-        Outbox(20, 2, train=True).send(sender.fileno())
+        Outbox(20, 2, gso=True).send(sender.fileno())
         assert inbox.receive(receiver.fileno()) == [(0, 40, 20)]
         assert inbox.receive(receiver.fileno()) == []
 
@@ -423,7 +423,7 @@ def test_sending_to_nobody_is_an_error() -> None:
         receiver.bind((HOST, 0))
         sender.connect(receiver.getsockname())
         receiver.close()
-        outbox = Outbox(20, 1, train=False)
+        outbox = Outbox(20, 1, gso=False)
         outbox.send(sender.fileno())
         with pytest.raises(ConnectionRefusedError):
             outbox.send(sender.fileno())
@@ -448,7 +448,7 @@ def words(*places: int, flow: int = 0, run: int = 1) -> list[int]:
         pytest.param(
             [*words(0, 1, flow=7), *words(0, flow=3), *words(2, flow=7)],
             Arrivals(4, 0, 0),
-            id="flows apart",
+            id="flows counted separately",
         ),
         pytest.param([*words(0), *words(1, run=2)], Arrivals(1, 0, 0), id="of another run"),
     ],

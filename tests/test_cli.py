@@ -283,7 +283,7 @@ def test_an_unreadable_default_file_is_an_error(cli: "Cli", default_file: Path) 
 def test_a_default_file_in_a_closed_directory_is_not_absent(
     cli: "Cli", monkeypatch: pytest.MonkeyPatch, closed: Path
 ) -> None:
-    """Or its rules would go unnoticed."""
+    """Otherwise its rules would go unnoticed."""
     monkeypatch.setattr("relay.config.reading.DEFAULT_FILE", str(closed / "relay.conf"))
 
     with unprivileged():
@@ -685,7 +685,7 @@ def test_a_pipe_that_is_named_no_more_does_not_matter() -> None:
 
 
 def test_the_default_file_may_come_but_not_go(default_file: Path) -> None:
-    """Or the rules in it would go unnoticed."""
+    """Otherwise the rules in it would go unnoticed."""
     variables = {"PUBLIC_IP4_ADDR": "192.0.2.1"}
     command = read([], variables)
     config = command.config

@@ -69,7 +69,7 @@ def test_what_was_held_back_does_not_hide_the_next(log: "Log", log_format: str, 
 
 @formats
 def test_the_time_in_a_file_is_found(log: "Log", log_format: str) -> None:
-    """Else fail2ban would take an old log, read at its start, for new."""
+    """Otherwise fail2ban would take an old log, read at its start, for new."""
     with log.written(log_format, "file"):
         fails("203.0.113.9:5000")
     log.path.write_text(re.sub(r"\d{4}-", "2020-", log.path.read_text(), count=1))
@@ -128,15 +128,15 @@ INNOCENT: Final[list[Callable[[str], None]]] = [
 def test_nothing_that_is_sent_gets_another_one_banned(
     log: "Log", log_format: str, place: str
 ) -> None:
-    """Whatever text from outside were to stand in whichever other line."""
-    with log.written(log_format, place, is_braked=False):
+    """Whatever text from outside another line contains."""
+    with log.written(log_format, place, is_limited=False):
         for logs in INNOCENT:
             for text in FORGERIES:
                 logs(text)
 
     assert len(log.lines) >= len(INNOCENT) * len(FORGERIES)
     spoken = [line for line in log.lines if FAILURE in line]
-    assert spoken  # so there was something to be fooled by
+    assert spoken  # so there was something to mistake
     assert hosts_found(log.lines) == []
     assert hosts_found_by_fail2ban(log) == []
 
@@ -191,7 +191,7 @@ class Log:
         return self.path.read_text().splitlines()
 
     @contextmanager
-    def written(self, log_format: str, place: str, *, is_braked: bool = True) -> Iterator[None]:
+    def written(self, log_format: str, place: str, *, is_limited: bool = True) -> Iterator[None]:
         """Log to the file, or to the journal: then what reads it has taken the priority off."""
         handlers, level = logging.root.handlers[:], logging.root.level
         with self.path.open("w") as stream, self._monkeypatch.context() as patched:
@@ -202,7 +202,7 @@ class Log:
                 f"{status.st_dev}:{status.st_ino}" if place == "journal" else "0:0",
             )
             configure(log_format, {"": logging.INFO})
-            if not is_braked:
+            if not is_limited:
                 logging.root.handlers[0].filters.clear()
             yield
         logging.root.handlers[:] = handlers

@@ -1,4 +1,4 @@
-"""The running relay on loopback: real sockets, real signals, real shortages."""
+"""The running relay on loopback, with real sockets, signals and shortages."""
 
 import socket
 import subprocess
@@ -75,7 +75,9 @@ def test_it_goes_on_where_it_was_stopped(relay: RelayProcess) -> None:
             assert alice.receives() == (0x4000, b"hi")
 
 
-def test_under_a_flood_from_strangers_everyone_else_is_served(relay: RelayProcess) -> None:
+def test_under_a_flood_of_unauthenticated_datagrams_everyone_else_is_served(
+    relay: RelayProcess,
+) -> None:
     with client_of(relay) as alice, Peer() as bob, Peer() as mallory:
         relayed_address = alice.allocates()
         alice.binds(0x4000, bob.address)
@@ -90,7 +92,7 @@ def test_under_a_flood_from_strangers_everyone_else_is_served(relay: RelayProces
 
 
 def test_an_allocation_ends_without_any_traffic_and_its_port_is_free() -> None:
-    """Waited for by the only sign there is: another client may have the only port."""
+    """The only sign of its end is that another client gets the only port."""
     arguments = ("--lowest-port=30001", "--highest-port=30001")
     with RelayProcess(*arguments, port=free_port()) as relay, client_of(relay) as alice:
         assert alice.allocates(lifetime=1) == ("127.0.0.1", 30001)

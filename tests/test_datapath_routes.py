@@ -1,4 +1,4 @@
-"""The routes: one writer, and whoever else relays by them hears of each change in time."""
+"""The routes have one writer, and watchers hear of each change before it takes effect."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""Trains: whatever arrives in one read leaves as it would have, datagram by datagram.
+"""Segments of one read (GRO) are relayed as if they had come one by one.
 
-Two relays are in the same state. One is handed a train, the other its datagrams one by one;
+Two relays are in the same state. One is handed segments, the other the same datagrams one by one;
 then both must have sent the same bytes to the same places in the same order, and counted the
 same.
 """
@@ -47,7 +47,7 @@ class Setting:
 
 @st.composite
 def sizes(draw: st.DrawFn) -> tuple[int, list[int]]:
-    """The size of all datagrams of a train, and of each: the last may be shorter."""
+    """The size of a segment, and of each datagram: the last may be shorter."""
     size = draw(
         st.one_of(st.integers(1, 40), st.integers(41, 1500), st.sampled_from([511, 9000, 40_000]))
     )
@@ -60,7 +60,7 @@ def sizes(draw: st.DrawFn) -> tuple[int, list[int]]:
 
 
 @st.composite
-def trains_from_client(draw: st.DrawFn) -> tuple[int, list[bytes]]:
+def segments_from_client(draw: st.DrawFn) -> tuple[int, list[bytes]]:
     """Mostly runs of ChannelData of one channel and length, with all kinds of things between."""
     size, lengths = draw(sizes())
     datagrams: list[bytes] = []
@@ -87,10 +87,10 @@ def trains_from_client(draw: st.DrawFn) -> tuple[int, list[bytes]]:
 
 
 @settings(deadline=None)
-@given(trains_from_client(), st.sampled_from([1000, 64, 5, 1, 0]))
-def test_from_a_client(train: tuple[int, list[bytes]], takes: int) -> None:
-    """Also where the kernel takes but the first few of a train."""
-    size, datagrams = train
+@given(segments_from_client(), st.sampled_from([1000, 64, 5, 1, 0]))
+def test_from_a_client(segments: tuple[int, list[bytes]], takes: int) -> None:
+    """Also where the kernel takes only the first few of the segments."""
+    size, datagrams = segments
     at_once, one_by_one = Setting(), Setting()
     at_once.relay.network.takes = takes
 
@@ -102,7 +102,7 @@ def test_from_a_client(train: tuple[int, list[bytes]], takes: int) -> None:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_train_that_is_shorter_than_one_datagram(number: int) -> None:
+def test_a_read_that_is_shorter_than_one_segment(number: int) -> None:
     """No kernel hands over such a thing."""
     at_once, one_by_one = Setting(), Setting()
 
@@ -114,8 +114,8 @@ def test_a_train_that_is_shorter_than_one_datagram(number: int) -> None:
 
 @settings(deadline=None)
 @given(sizes(), st.sampled_from([1000, 64, 5, 1, 0]), st.sampled_from(["bob", "six", "mallory"]))
-def test_from_a_peer(train: tuple[int, list[int]], takes: int, name: str) -> None:
-    size, lengths = train
+def test_from_a_peer(segments: tuple[int, list[int]], takes: int, name: str) -> None:
+    size, lengths = segments
     datagrams = [bytes([index]) * length for index, length in enumerate(lengths)]
     at_once, one_by_one = Setting(), Setting()
     at_once.relay.network.takes = takes
@@ -138,7 +138,7 @@ def test_from_a_peer(train: tuple[int, list[int]], takes: int, name: str) -> Non
 
 @settings(deadline=None, max_examples=30)
 @given(st.randoms(use_true_random=False), st.integers(0, 1))
-def test_a_command_within_a_train_counts_for_what_comes_after_it(
+def test_a_command_among_segments_counts_for_what_comes_after_it(
     dice: random.Random, ends: int
 ) -> None:
     """A channel is bound, or the whole allocation ends, between data of the same size."""
@@ -212,7 +212,7 @@ def setting() -> Setting:
     return Setting()
 
 
-def test_a_train_to_a_peer_is_sent_at_once(setting: Setting) -> None:
+def test_segments_to_a_peer_are_sent_at_once(setting: Setting) -> None:
     """The last payload is shorter; all are padded."""
     payloads = [bytes([number]) * 160 for number in range(31)] + [b"last"]
     datagrams = [channel_data(TO_BOB, payload) for payload in payloads]
@@ -224,11 +224,11 @@ def test_a_train_to_a_peer_is_sent_at_once(setting: Setting) -> None:
         relayed(setting.alice, setting.bob, payload) for payload in payloads
     ]
     assert setting.relay.network.at_once == [32]
-    assert setting.relay.counters.trains == {32: 1}
+    assert setting.relay.counters.batches == {32: 1}
     assert setting.relay.counters.to_peer == {160: 31, 4: 1}
 
 
-def test_a_train_to_a_client_is_sent_at_once(setting: Setting) -> None:
+def test_segments_to_a_client_are_sent_at_once(setting: Setting) -> None:
     payloads = [bytes([number]) * 1200 for number in range(31)] + [b"last"]
 
     arrives_from_peer(setting.relay, 1200, payloads, setting.bob, setting.alice)
@@ -237,11 +237,11 @@ def test_a_train_to_a_client_is_sent_at_once(setting: Setting) -> None:
         to(setting.alice, channel_data(TO_BOB, payload)) for payload in payloads
     ]
     assert setting.relay.network.at_once == [32]
-    assert setting.relay.counters.trains == {32: 1}
+    assert setting.relay.counters.batches == {32: 1}
     assert setting.relay.counters.to_client == {1200: 31, 4: 1}
 
 
-def test_a_train_between_two_clients_of_this_relay_is_sent_at_once(setting: Setting) -> None:
+def test_segments_between_two_clients_of_this_relay_are_sent_at_once(setting: Setting) -> None:
     payloads = [bytes([number]) * 100 for number in range(10)]
 
     arrives_from_client(setting, 104, [channel_data(TO_CAROL, payload) for payload in payloads])
@@ -254,7 +254,7 @@ def test_a_train_between_two_clients_of_this_relay_is_sent_at_once(setting: Sett
     assert setting.relay.counters.to_client == {100: 10}
 
 
-def test_what_the_kernel_refuses_of_a_train_is_sent_one_by_one(setting: Setting) -> None:
+def test_segments_that_the_kernel_refuses_are_sent_one_by_one(setting: Setting) -> None:
     payloads = [bytes([number]) * 100 for number in range(10)]
     setting.relay.network.takes = 4
 
@@ -263,17 +263,17 @@ def test_what_the_kernel_refuses_of_a_train_is_sent_one_by_one(setting: Setting)
     assert setting.relay.sent() == [
         relayed(setting.alice, setting.bob, payload) for payload in payloads
     ]
-    assert setting.relay.counters.trains == {4: 1}
+    assert setting.relay.counters.batches == {4: 1}
     assert setting.relay.counters.to_peer == {100: 10}
 
 
-def test_a_train_that_is_lost_is_not_counted_as_relayed(setting: Setting) -> None:
+def test_segments_that_are_lost_are_not_counted_as_relayed(setting: Setting) -> None:
     setting.relay.network.is_full = True
 
     arrives_from_client(setting, 104, [channel_data(TO_BOB, bytes(100))] * 10)
     arrives_from_peer(setting.relay, 100, [bytes(100)] * 10, setting.bob, setting.alice)
 
-    assert setting.relay.counters.trains == {}
+    assert setting.relay.counters.batches == {}
     assert setting.relay.counters.to_peer == {}
     assert setting.relay.counters.to_client == {}
 

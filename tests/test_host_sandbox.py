@@ -156,7 +156,7 @@ def test_it_refuses_if_a_step_that_must_succeed_fails(
         )
 
 
-# With a function that only says that it did something, the kernel has the last word.
+# A function that only claims to have done something: what the kernel says afterwards counts.
 LIES = [
     pytest.param("set_caps", "root", "auto", "REFUSED", "capabilities in ", id="root"),
     pytest.param(

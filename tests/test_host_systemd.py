@@ -84,7 +84,7 @@ def test_a_status_is_one_line_whatever_is_in_it(
 def test_a_manager_that_does_not_read_holds_nobody_up(
     manager: "Manager", notifier: Notifier
 ) -> None:
-    """What it must not miss comes with the next word that it takes, and only once."""
+    """What it must not miss is sent with the next message that it takes, and only once."""
     others = manager.fills_up()
     notifier.ready()
     notifier.watchdog()

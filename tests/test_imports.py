@@ -50,7 +50,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
     ),
     "relay.config.model": ("relay.stun.address", "relay.stun.const"),
     "relay.datapath": ("relay.observe.counters", "relay.net.udp", "relay.turn", "relay.stun"),
-    # Rooms that know of no other: they are handed what they work with.
+    # Packages that import no other: they are handed what they work with.
     "relay.host": (),
     "relay.observe": (),
     "relay.observe.counters": (),
@@ -67,7 +67,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
 }
 
 # What is pure: bytes, time and randomness are handed in. It may import what is pure itself,
-# and this of the standard library: no socket, clock, thread, file or dice among it.
+# and this of the standard library: no socket, clock, thread, file or randomness.
 PURE: Final = ("relay.stun", "relay.turn", "relay.portal.phoenix")
 PURE_MAY_IMPORT: Final = (
     "array",
@@ -106,7 +106,7 @@ IMPURE_BUILTINS: Final = frozenset(
     {"open", "input", "print", "exec", "eval", "compile", "breakpoint", "__import__"}
 )
 
-# Nowhere: the loop is our own, and a second one would hide what it waits for.
+# No module may: the loop is our own, and a second one would hide what it waits for.
 NEVER: Final = ("asyncio",)
 
 
@@ -165,34 +165,36 @@ def test_checker_allows(file: str, name: str) -> None:
 FORBIDDEN = [
     pytest.param("relay/stun/message.py", "relay.turn.auth", id="stun up to turn"),
     pytest.param("relay/stun/message.py", "relay", id="the whole package"),
-    pytest.param("relay/turn/server.py", "relay.net.udp", id="turn beside net"),
-    pytest.param("relay/turn/server.py", "relay.observe.counters", id="turn beside observe"),
+    pytest.param("relay/turn/server.py", "relay.net.udp", id="turn to sibling net"),
+    pytest.param("relay/turn/server.py", "relay.observe.counters", id="turn to sibling observe"),
     pytest.param("relay/turn/server.py", "relay.turnstile", id="only begins like turn"),
     pytest.param("relay/turn/tables.py", "relay.datapath.routes", id="turn up to datapath"),
     pytest.param("relay/net/udp.py", "relay.turn.commands", id="net up to turn"),
-    pytest.param("relay/net/reactor.py", "relay.turn.timerwheel", id="net beside turn"),
-    pytest.param("relay/net/udp.py", "relay.stun.const", id="net beside stun"),
+    pytest.param("relay/net/reactor.py", "relay.turn.timerwheel", id="net to sibling turn"),
+    pytest.param("relay/net/udp.py", "relay.stun.const", id="net to sibling stun"),
     pytest.param("relay/portal/client.py", "relay.config.model", id="portal up to config"),
     pytest.param("relay/host/inherited.py", "relay.config.model", id="host up to config"),
-    pytest.param("relay/host/supervision.py", "relay.net.reactor", id="host beside net"),
-    pytest.param("relay/observe/monitor.py", "relay.turn.server", id="observe beside turn"),
-    pytest.param("relay/observe/monitor.py", "relay.net.reactor", id="observe beside net"),
+    pytest.param("relay/host/supervision.py", "relay.net.reactor", id="host to sibling net"),
+    pytest.param("relay/observe/monitor.py", "relay.turn.server", id="observe to sibling turn"),
+    pytest.param("relay/observe/monitor.py", "relay.net.reactor", id="observe to sibling net"),
     pytest.param("relay/datapath/control.py", "relay.daemon", id="datapath up to daemon"),
-    pytest.param("relay/datapath/control.py", "relay.portal.client", id="datapath beside portal"),
+    pytest.param(
+        "relay/datapath/control.py", "relay.portal.client", id="datapath to sibling portal"
+    ),
     pytest.param("relay/datapath/control.py", "relay.net.reactor", id="past the interfaces"),
     pytest.param("relay/datapath/routes.py", "relay.config.model", id="datapath up to config"),
     pytest.param("relay/assembly.py", "relay.daemon", id="assembly up to daemon"),
     pytest.param("relay/daemon.py", "relay.cli", id="daemon up to cli"),
     pytest.param("relay/daemon.py", "relay.datapath.routes", id="daemon past assembly"),
-    pytest.param("relay/config/options.py", "relay.observe.logs", id="config beside observe"),
+    pytest.param("relay/config/options.py", "relay.observe.logs", id="config to sibling observe"),
     pytest.param("relay/config/model.py", "relay.turn.server", id="config to more than constants"),
-    pytest.param("relay/observe/counters.py", "relay.version", id="counters beside version"),
+    pytest.param("relay/observe/counters.py", "relay.version", id="counters to sibling version"),
     pytest.param("relay/__init__.py", "sys", id="the map imports something"),
     pytest.param("relay/__init__.py", "relay.version", id="the map imports the version"),
     pytest.param("relay/stun/message.py", "socket", id="stun with a socket"),
     pytest.param("relay/stun/address.py", "socket.socket", id="the impure part of socket"),
     pytest.param("relay/turn/server.py", "time.monotonic", id="turn with a clock"),
-    pytest.param("relay/turn/auth.py", "secrets", id="turn with dice"),
+    pytest.param("relay/turn/auth.py", "secrets", id="turn with randomness"),
     pytest.param("relay/turn/timerwheel.py", "threading", id="timerwheel with a thread"),
     pytest.param("relay/portal/phoenix.py", "datetime", id="phoenix with a clock"),
     pytest.param(
@@ -224,7 +226,7 @@ WAYS_TO_IMPORT = [
     pytest.param("from a import b, c as d", {"a.b", "a.c"}, id="from"),
     pytest.param("from a.b import *", {"a.b.*"}, id="from, all"),
     pytest.param("from . import a", {"relay.stun.a"}, id="from the own package"),
-    pytest.param("from .a import b", {"relay.stun.a.b"}, id="from a module beside"),
+    pytest.param("from .a import b", {"relay.stun.a.b"}, id="from a sibling module"),
     pytest.param("from .. import a", {"relay.a"}, id="from the package above"),
     pytest.param("from ..a.b import c", {"relay.a.b.c"}, id="from another package"),
     pytest.param("def f():\n    import a", {"a"}, id="within a function"),
@@ -279,7 +281,7 @@ def objection(module: str, name: str) -> str | None:
     if row is None:
         return "this module imports nothing"
     if is_within(("relay",), name) and not is_within((row, *MAY_IMPORT[row]), name):
-        return "it lies above, or beside"
+        return "it is in a layer above, or a sibling"
     if is_within(PURE, module) and not is_within((*PURE, *PURE_MAY_IMPORT), name):
         return "it is not pure"
     return None

@@ -33,7 +33,7 @@ def test_the_size_that_was_asked_for_is_worth_no_warning(
 
 
 def test_a_queue_that_is_long_enough_is_left_alone() -> None:
-    """It may have been made by somebody who may do more than we."""
+    """It may have been made by a process with more privileges."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         set_buffers(sock, 150_000)
         set_buffers(sock, 65536)
@@ -59,7 +59,7 @@ class Kernel:
 
 
 def test_what_the_kernel_once_refused_it_is_not_asked_again() -> None:
-    """Privileges do not come back, and each allocation would pay for the question."""
+    """Privileges do not come back, and each allocation would cost another system call."""
     setter = BufferSetter()
     sockets: list[Any] = [Kernel(forces=False) for _ in range(3)]
     for sock in sockets:

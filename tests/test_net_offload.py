@@ -1,4 +1,4 @@
-"""Trains through the kernel's UDP_GRO and UDP_SEGMENT, and without them where it refuses."""
+"""Segments through the kernel's UDP_GRO and UDP_SEGMENT, and without them where it refuses."""
 
 import errno
 import logging
@@ -78,7 +78,7 @@ class Receiver:
 
 
 class Sender:
-    """A plain socket, which can also send and receive trains."""
+    """A plain socket, which can also send and receive segments."""
 
     def __init__(self, host: str, stack: ExitStack) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -93,11 +93,13 @@ class Sender:
             self.sent.append(len(self.sent).to_bytes(size, "big"))
             self.socket.sendto(self.sent[-1], to)
 
-    def sends_train(self, count: int, to: tuple[str, int], size: int = SIZE, last: int = 0) -> None:
-        train = [len(self.sent + [b""] * index).to_bytes(size, "big") for index in range(count)]
-        train += [b"x" * last] if last else []
-        self.sent += train
-        self.socket.sendmsg(train, [(SOL_UDP, UDP_SEGMENT, struct.pack("H", size))], 0, to)
+    def sends_segments(
+        self, count: int, to: tuple[str, int], size: int = SIZE, last: int = 0
+    ) -> None:
+        segments = [len(self.sent + [b""] * index).to_bytes(size, "big") for index in range(count)]
+        segments += [b"x" * last] if last else []
+        self.sent += segments
+        self.socket.sendmsg(segments, [(SOL_UDP, UDP_SEGMENT, struct.pack("H", size))], 0, to)
 
     def receives(self, count: int) -> list[bytes]:
         return [self.socket.recv(65535) for _ in range(count)]
@@ -113,11 +115,11 @@ def stack() -> Iterator[ExitStack]:
 
 
 @every_host
-def test_a_wildcard_socket_reads_trains_from_the_start(host: str, stack: ExitStack) -> None:
+def test_a_wildcard_socket_reads_segments_from_the_start(host: str, stack: ExitStack) -> None:
     receiver, sender = Receiver("wildcard", host, stack), Sender(host, stack)
 
     sender.sends(1, receiver.address)
-    sender.sends_train(32, receiver.address, last=7)
+    sender.sends_segments(32, receiver.address, last=7)
     sender.sends(1, receiver.address)
 
     assert receiver.takes_all() == [1, 33, 1]
@@ -128,17 +130,17 @@ def test_a_wildcard_socket_reads_trains_from_the_start(host: str, stack: ExitSta
 
 @every_host
 @pytest.mark.parametrize("kind", ["port", "bound"])
-def test_other_sockets_read_trains_after_a_burst(kind: str, host: str, stack: ExitStack) -> None:
-    """What is in the queue meanwhile stays single, and nothing changes its place."""
+def test_other_sockets_read_segments_after_a_burst(kind: str, host: str, stack: ExitStack) -> None:
+    """What was queued before that is read one by one; the order stays."""
     receiver, sender = Receiver(kind, host, stack), Sender(host, stack)
-    sender.sends_train(32, receiver.address)
-    sender.sends_train(32, receiver.address)
+    sender.sends_segments(32, receiver.address)
+    sender.sends_segments(32, receiver.address)
 
     assert receiver.reads_once() == [1] * READ_BUDGET
-    sender.sends_train(32, receiver.address, last=7)
+    sender.sends_segments(32, receiver.address, last=7)
     assert receiver.takes_all() == [1] * 32 + [33]
     sender.sends(1, receiver.address)
-    sender.sends_train(32, receiver.address)
+    sender.sends_segments(32, receiver.address)
     assert receiver.takes_all() == [1, 32]
     assert receiver.datagrams == sender.sent
     assert len(receiver.sources) == 1
@@ -151,16 +153,16 @@ def test_other_sockets_read_trains_after_a_burst(kind: str, host: str, stack: Ex
     ("count", "others", "is_a_burst"),
     [
         pytest.param(BURST, 0, True, id="just a burst"),
-        pytest.param(READ_BUDGET, 0, True, id="a whole turn"),
+        pytest.param(READ_BUDGET, 0, True, id="a whole budget"),
         pytest.param(BURST - 1, 0, False, id="too few"),
         pytest.param(BURST, 1, False, id="of two flows"),
-        pytest.param(READ_BUDGET - 1, 1, False, id="of two flows, in a whole turn"),
+        pytest.param(READ_BUDGET - 1, 1, False, id="of two flows, in a whole budget"),
     ],
 )
 def test_what_counts_as_a_burst(
     kind: str, count: int, others: int, *, is_a_burst: bool, stack: ExitStack
 ) -> None:
-    """Calls must not pay for what only bulk traffic is worth."""
+    """Reading with GRO makes single datagrams dearer, so calls must not have it."""
     receiver, sender = Receiver(kind, "127.0.0.1", stack), Sender("127.0.0.1", stack)
     sender.sends(count, receiver.address)
     Sender("127.0.0.1", stack).sends(others, receiver.address)
@@ -168,31 +170,31 @@ def test_what_counts_as_a_burst(
     receiver.datagrams.clear()
     sender.sent.clear()
 
-    sender.sends_train(10, receiver.address)
+    sender.sends_segments(10, receiver.address)
 
     assert receiver.takes_all() == ([10] if is_a_burst else [1] * 10)
     assert receiver.datagrams == sender.sent
 
 
 @pytest.mark.parametrize("kind", ["port", "bound", "wildcard"])
-def test_without_offload_no_train_is_read(kind: str, stack: ExitStack) -> None:
+def test_without_offload_no_segments_are_read(kind: str, stack: ExitStack) -> None:
     receiver = Receiver(kind, "127.0.0.1", stack, offload=False)
     sender = Sender("127.0.0.1", stack)
 
     for _ in range(3):
-        sender.sends_train(32, receiver.address)
+        sender.sends_segments(32, receiver.address)
         assert receiver.takes_all() == [1] * 32
     assert receiver.datagrams == sender.sent
 
 
 @pytest.mark.parametrize("kind", ["port", "bound", "wildcard"])
-def test_a_socket_full_of_trains_leaves_time_to_others(kind: str, stack: ExitStack) -> None:
+def test_a_socket_full_of_segments_leaves_time_to_others(kind: str, stack: ExitStack) -> None:
     receiver, sender = Receiver(kind, "127.0.0.1", stack), Sender("127.0.0.1", stack)
     sender.sends(READ_BUDGET, receiver.address)
     receiver.takes_all()
 
     for _ in range(SEGMENTED_BUDGET + 1):
-        sender.sends_train(64, receiver.address)
+        sender.sends_segments(64, receiver.address)
 
     assert receiver.reads_once() == [64] * SEGMENTED_BUDGET
     assert receiver.takes_all() == [64]
@@ -215,7 +217,7 @@ def test_a_socket_full_of_trains_leaves_time_to_others(kind: str, stack: ExitSta
         pytest.param(100, 64, 50, id="a single one left over"),
     ],
 )
-def test_trains_arrive_as_datagrams(
+def test_segments_arrive_as_datagrams(
     kind: str, host: str, size: int, count: int, last: int, stack: ExitStack
 ) -> None:
     """Each is sent in two pieces."""
@@ -235,7 +237,7 @@ def test_trains_arrive_as_datagrams(
     assert sender.socket.getsockname()[0] == host
 
 
-def test_a_wildcard_socket_sends_trains_from_the_address_that_was_asked(stack: ExitStack) -> None:
+def test_a_wildcard_socket_sends_segments_from_the_address_that_was_asked(stack: ExitStack) -> None:
     receiver, sender = Receiver("wildcard", "127.0.0.1", stack), Sender("127.0.0.1", stack)
     asked = ("127.0.0.2", receiver.address[1])
     sender.sends(1, asked)
@@ -246,26 +248,26 @@ def test_a_wildcard_socket_sends_trains_from_the_address_that_was_asked(stack: E
     assert [sender.socket.recvfrom(10) for _ in range(2)] == [(b"one", asked), (b"two", asked)]
 
 
-def test_a_train_is_one_call(stack: ExitStack) -> None:
-    """Seen by a receiver that has the kernel merge."""
+def test_segments_are_sent_in_one_call(stack: ExitStack) -> None:
+    """The receiver has GRO, so it reads what was sent in one call in one read."""
     receiver, sender = Receiver("port", "127.0.0.1", stack), Sender("127.0.0.1", stack)
     sender.socket.setsockopt(SOL_UDP, UDP_GRO, 1)
 
     to_sender = receiver.under_test.reach(sender.socket.getsockname())
     to_sender.send_many([bytes(SIZE)] * 65, 1, SIZE)
 
-    assert [len(train) for train in sender.receives(2)] == [64 * SIZE, SIZE]
+    assert [len(segments) for segments in sender.receives(2)] == [64 * SIZE, SIZE]
 
 
 # --- A kernel or a device that refuses -------------------------------------------------------
 
 
 class Kernel:
-    """Stands in for a socket of a kernel that takes trains, unless *refusals* say otherwise."""
+    """Stands in for a socket of a kernel with GSO, unless *refusals* say otherwise."""
 
     def __init__(self, *refusals: int | None) -> None:
         self._refusals = list(refusals)
-        self.sizes: list[int] = []  # of the datagrams in each train that it was given
+        self.sizes: list[int] = []  # of the segments in each call
         self.options = 0  # how many it was asked for
 
     def sendmsg(self, _pieces: Any, control: Any, _flags: int, _to: Any) -> None:
@@ -294,7 +296,7 @@ def test_longer_than_the_device_sends_is_not_tried_again(
     ]
 
 
-def test_how_long_is_too_long_is_known_by_host_and_asked_again_some_day() -> None:
+def test_the_refused_size_is_known_by_host_and_tried_again_later() -> None:
     """Another host may be beyond a device that takes more, and routes may change."""
     kernel = Kernel(errno.EMSGSIZE)
     sender = sender_of(kernel)
@@ -306,7 +308,7 @@ def test_how_long_is_too_long_is_known_by_host_and_asked_again_some_day() -> Non
     assert later == [0] * 256 + [2] * 44
 
 
-def test_with_offload_off_no_train_is_sent() -> None:
+def test_with_offload_off_no_segments_are_sent() -> None:
     sock: Any = Kernel()
 
     assert SegmentSender(sock, Offload(wanted=False)).send([b"x"] * 2, 1, 1, ("192.0.2.1", 9)) == 0
@@ -315,10 +317,10 @@ def test_with_offload_off_no_train_is_sent() -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_a_socket_that_had_trains_before_us_is_read_as_such(
+def test_a_socket_that_had_gro_before_us_is_read_with_gro(
     host: str, stack: ExitStack, *, wanted: bool
 ) -> None:
-    """Systemd keeps it from one process to the next, with all that was set."""
+    """Systemd hands the socket from one process to the next, with its options."""
     sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     sock.bind((host, 0))
     sock.setsockopt(SOL_UDP, UDP_GRO, 1)
@@ -327,18 +329,18 @@ def test_a_socket_that_had_trains_before_us_is_read_as_such(
     listener = adopt(sock, buffer, unexpected, Offload(wanted=wanted), inbox)
     sender = Sender("127.0.0.1", stack)
 
-    sender.sends_train(8, ("127.0.0.1", listener.address[1]))
+    sender.sends_segments(8, ("127.0.0.1", listener.address[1]))
     listener.on_readable()
 
     assert inbox.reads == [(8 * SIZE, SIZE)]
     assert listener.sockets == [listener]  # what systemd said of it goes for no other
 
 
-def test_a_train_that_was_taken_apart_ends_the_turn(stack: ExitStack) -> None:
-    """It may have cost as much as a hundred datagrams."""
+def test_segments_that_were_handled_singly_end_the_iteration(stack: ExitStack) -> None:
+    """They may have cost as much as a hundred datagrams."""
     receiver, sender = Receiver("wildcard", "127.0.0.1", stack), Sender("127.0.0.1", stack)
     for _ in range(3):
-        sender.sends_train(8, receiver.address)
+        sender.sends_segments(8, receiver.address)
 
     receiver.handled_singly = 8
 

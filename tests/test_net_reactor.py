@@ -17,7 +17,7 @@ from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.reactor import MAX_EVENTS, Reactor
 from relay.net.signals import Signals
-from relay.net.udp import LONE_READS, MAX_LONE_READS, READ_BUDGET, PortSocket, bind_udp
+from relay.net.udp import MAX_SINGLE_READS, READ_BUDGET, SINGLE_READS, PortSocket, bind_udp
 
 
 class Clock:
@@ -105,16 +105,16 @@ def test_a_burst_is_read_in_portions_and_in_order(reactor: Reactor, hot: Inbox) 
     assert hot.losses == []
 
 
-def test_after_a_lone_datagram_a_few_are_read_one_by_one(reactor: Reactor, hot: Inbox) -> None:
+def test_after_a_single_datagram_a_few_are_read_one_by_one(reactor: Reactor, hot: Inbox) -> None:
     hot.is_sent(1)
     reactor.iterate()
     hot.is_sent(200)
-    for _ in range(LONE_READS):
+    for _ in range(SINGLE_READS):
         reactor.iterate()
-    assert len(hot.received) == 1 + LONE_READS
+    assert len(hot.received) == 1 + SINGLE_READS
 
     reactor.iterate()
-    assert len(hot.received) == 1 + LONE_READS + READ_BUDGET
+    assert len(hot.received) == 1 + SINGLE_READS + READ_BUDGET
 
 
 def test_the_longer_datagrams_come_alone_the_more_are_read_without_looking(
@@ -136,7 +136,7 @@ def test_the_longer_datagrams_come_alone_the_more_are_read_without_looking(
     for _ in range(1000):
         hot.is_sent(1)
         reactor.iterate()
-    assert looks < 1000 / MAX_LONE_READS + 5
+    assert looks < 1000 / MAX_SINGLE_READS + 5
 
     hot.is_sent(200)
     while len(hot.received) < 1200:
@@ -144,7 +144,7 @@ def test_the_longer_datagrams_come_alone_the_more_are_read_without_looking(
     hot.is_sent(1)
     reactor.iterate()
     hot.is_sent(200)
-    for _ in range(LONE_READS):
+    for _ in range(SINGLE_READS):
         reactor.iterate()
     before = len(hot.received)
     reactor.iterate()
@@ -272,7 +272,7 @@ def test_retired_sockets_can_be_closed_early_for_their_port(reactor: Reactor) ->
 
 
 class ScriptedEpoll:
-    """An epoll in which some sources are always readable. It lets them take turns, as the kernel's.
+    """An epoll in which some sources are always readable. It rotates them, as the kernel's.
 
     Each source is its own descriptor.
     """
@@ -323,7 +323,7 @@ def scripted(reactor: Reactor) -> ScriptedEpoll:
 
 @pytest.mark.parametrize("count", [1, 2, MAX_EVENTS - 1, MAX_EVENTS, 100, 1000])
 @pytest.mark.usefixtures("scripted")
-def test_what_comes_first_has_its_share_beside_however_many(reactor: Reactor, count: int) -> None:
+def test_what_comes_first_has_its_share_however_many_others(reactor: Reactor, count: int) -> None:
     """Half of all, which is what clients send of the traffic in both directions."""
     others = [Busy(fd) for fd in range(1, count + 1)]
     for other in others:

@@ -92,7 +92,7 @@ def test_ipv6_answers_too() -> None:
 def test_an_address_has_a_socket_of_its_own_but_its_clients_look_the_same(
     wildcard: str, address: str
 ) -> None:
-    """As they do to the wildcard socket, which serves what the host has got later."""
+    """They look the same to the wildcard socket too, which serves addresses added later."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     per_address = asks_and_is_answered(wildcard, address)
     sock = bind_udp(wildcard, 0, 65536)

@@ -53,7 +53,7 @@ def test_what_is_dropped_is_not_counted_as_relayed(
 
 
 def test_between_two_clients_a_datagram_is_counted_in_both_directions(relay: Scenario) -> None:
-    """It is one to a peer for the one, and one from a peer for the other."""
+    """For one client it goes to a peer, for the other it comes from a peer."""
     alice = relay.client("192.0.2.10:5000").allocates()
     bob = relay.client("192.0.2.11:5000").allocates()
     alice.binds(0x4001, relay.peer(spelled(bob.relayed_address)))
@@ -68,7 +68,7 @@ def test_between_two_clients_a_datagram_is_counted_in_both_directions(relay: Sce
 def test_counting_starts_at_nothing() -> None:
     counters = Counters()
 
-    assert not any((counters.to_peer, counters.to_client, counters.trains, counters.dropped))
+    assert not any((counters.to_peer, counters.to_client, counters.batches, counters.dropped))
     assert counters.bugs == 0
 
 

@@ -69,7 +69,7 @@ def test_state_of_the_relay_is_exported(relay: Relay) -> None:
 @pytest.mark.parametrize(
     ("not_ready", "stuck_for", "ready"),
     [
-        pytest.param(None, STUCK_AFTER, 1, id="ready, with a long turn"),
+        pytest.param(None, STUCK_AFTER, 1, id="ready, with a long iteration"),
         pytest.param("draining", 0.0, 0, id="draining"),
         pytest.param(None, STUCK_AFTER + 1, 0, id="stuck"),
     ],
@@ -82,7 +82,7 @@ def test_relay_that_is_not_ready_or_stuck_says_so(
     assert relay.scrape()["relay_ready", ""] == ready
 
 
-def test_turn_that_does_not_end_counts_as_lag(relay: Relay) -> None:
+def test_iteration_that_does_not_end_counts_as_lag(relay: Relay) -> None:
     relay.status = replace(relay.status, loop_lag=0.001, stuck_for=7.5)
 
     assert relay.scrape()["relay_loop_lag_seconds", ""] == 7.5
@@ -118,7 +118,7 @@ def test_responses_are_exported_by_method_and_code(relay: Relay) -> None:
 
 
 def test_reasons_are_exported_before_and_when_they_are_counted(relay: Relay) -> None:
-    """A rate needs the 0 to start from; what nobody foresaw comes when it comes."""
+    """A rate needs the 0 to start from. Other reasons appear when they first occur."""
     before = relay.scrape()
     relay.counters.dropped["send_eagain"] += 2
     relay.counters.lost("send_enobufs")
@@ -161,24 +161,24 @@ def test_sizes_of_both_directions_are_one_histogram(relay: Relay) -> None:
     assert found["relay_packet_size_bytes_sum", ""] == 65507 + 1501 + 1500 + 65 + 3 * 64
 
 
-def test_trains_are_one_histogram_with_what_came_alone(relay: Relay) -> None:
+def test_batches_and_single_datagrams_are_one_histogram(relay: Relay) -> None:
     relay.counters.to_peer.update({100: 16})
     relay.counters.to_client.update({100: 70})
-    relay.counters.trains.update({2: 1, 5: 2, 64: 1})
+    relay.counters.batches.update({2: 1, 5: 2, 64: 1})
 
     found = relay.scrape()
 
     assert buckets(found, "relay_train_length") == [10, 11, 11, 13, 13, 13, 14, 14]
     assert found["relay_train_length_count", ""] == 14
     assert found["relay_train_length_sum", ""] == 86
-    assert relay.counters.trains == {2: 1, 5: 2, 64: 1}  # what counts is not touched
+    assert relay.counters.batches == {2: 1, 5: 2, 64: 1}  # what counts is not touched
 
 
-def test_no_counter_falls_if_a_train_is_counted_before_its_datagrams(relay: Relay) -> None:
+def test_no_counter_falls_if_a_batch_is_counted_before_its_datagrams(relay: Relay) -> None:
     """Prometheus would take it for a restart, and add all of it once more."""
     relay.counters.to_peer[100] = 10
     before = relay.scrape()
-    relay.counters.trains[4] = 1
+    relay.counters.batches[4] = 1
     after = relay.scrape()
 
     assert before["relay_train_length_bucket", "1.0"] == 10

@@ -120,8 +120,8 @@ def start(caplog: pytest.LogCaptureFixture) -> Iterator[Start]:
 
 
 @pytest.fixture
-def turns() -> Iterator[HealthServer]:
-    """Make a server without its thread: the test takes the turns."""
+def stepped() -> Iterator[HealthServer]:
+    """Make a server without its thread: the test calls serve_some()."""
     server = HealthServer("127.0.0.1", 0, lambda: QUIET, version="1.2.3")
     yield server
     server.stop()
@@ -135,7 +135,7 @@ def relay(start: Start) -> Relay:
 # --- What is answered -----------------------------------------------------------------------
 
 
-def test_relay_is_healthy_while_its_loop_turns(relay: Relay) -> None:
+def test_relay_is_healthy_while_its_loop_runs(relay: Relay) -> None:
     """It need not be ready: a restart would not help."""
     relay.status = replace(relay.status, not_ready="waiting for the portal", stuck_for=STUCK_AFTER)
 
@@ -186,7 +186,7 @@ def test_metrics_move_with_the_counters(relay: Relay) -> None:
 
 
 def test_metrics_are_in_the_text_format_whatever_is_asked_for(relay: Relay) -> None:
-    """Everyone reads it, and nothing that a client may say has to be understood."""
+    """Every client reads that format, and the server need not parse Accept."""
     accept = "application/openmetrics-text; version=what"
 
     answer = relay.answers("/metrics?name[]=relay_ready", Accept=accept, Accept_Encoding="gzip")
@@ -336,7 +336,7 @@ def test_connection_is_good_for_one_request(relay: Relay) -> None:
 
 
 def test_what_follows_a_request_is_not_even_parsed() -> None:
-    """Or a kilobyte of small requests would be a long piece of work."""
+    """Otherwise a kilobyte of small requests would be a long piece of work."""
     parser = health._Parser(Adjustments())
     requests = (HEADER + b"\r\n") * 3
 
@@ -380,35 +380,35 @@ def test_client_that_resets_its_connection_is_forgotten(relay: Relay) -> None:
 
 
 def test_probes_are_answered_before_everything_else(
-    turns: HealthServer, monkeypatch: pytest.MonkeyPatch
+    stepped: HealthServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those too that come while others wait: whoever asks may restart the relay."""
+    """Also those that come while others wait: an unanswered probe may restart the relay."""
     monkeypatch.setattr(health, "SLICE", 0.0)  # it is time to rest after each answer
     with ExitStack() as clients:
-        scrapers = [clients.enter_context(asks(turns, "/metrics")) for _ in range(5)]
-        first = clients.enter_context(asks(turns, "/healthz"))
-        turns._server.serve_some()  # accepts them
-        turns._server.serve_some()
+        scrapers = [clients.enter_context(asks(stepped, "/metrics")) for _ in range(5)]
+        first = clients.enter_context(asks(stepped, "/healthz"))
+        stepped._server.serve_some()  # accepts them
+        stepped._server.serve_some()
         assert answered([first, *scrapers]) == [first, scrapers[0]]
 
-        second = clients.enter_context(asks(turns, "/readyz"))
-        turns._server.serve_some()
-        turns._server.serve_some()
+        second = clients.enter_context(asks(stepped, "/readyz"))
+        stepped._server.serve_some()
+        stepped._server.serve_some()
         assert answered([second, *scrapers]) == [second, *scrapers[:3]]
 
 
 def test_client_that_has_to_go_while_it_waits_for_its_answer_gets_none(
-    turns: HealthServer, monkeypatch: pytest.MonkeyPatch
+    stepped: HealthServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "SLICE", 0.0)
     monkeypatch.setattr(health, "MAX_CONNECTIONS", 2)
     with ExitStack() as clients:
-        scrapers = [clients.enter_context(asks(turns, "/metrics")) for _ in range(2)]
-        turns._server.serve_some()
-        turns._server.serve_some()
-        newcomers = [clients.enter_context(asks(turns, "/metrics")) for _ in range(2)]
-        turns._server.serve_some()
-        turns._server.serve_some()
+        scrapers = [clients.enter_context(asks(stepped, "/metrics")) for _ in range(2)]
+        stepped._server.serve_some()
+        stepped._server.serve_some()
+        newcomers = [clients.enter_context(asks(stepped, "/metrics")) for _ in range(2)]
+        stepped._server.serve_some()
+        stepped._server.serve_some()
 
         assert read_to_the_end(scrapers[0]).startswith(b"HTTP/1.1 200 ")
         assert read_to_the_end(scrapers[1]) == b""
@@ -416,40 +416,40 @@ def test_client_that_has_to_go_while_it_waits_for_its_answer_gets_none(
 
 
 def test_work_is_followed_by_a_rest_of_many_times_its_length(
-    turns: HealthServer, monkeypatch: pytest.MonkeyPatch
+    stepped: HealthServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No flood can have more of the interpreter than a few per cent."""
+    """A flood gets a few per cent of the interpreter's time at most."""
     monkeypatch.undo()
     rests: list[float] = []
-    monkeypatch.setattr(turns._stopping, "wait", rests.append)
+    monkeypatch.setattr(stepped._stopping, "wait", rests.append)
 
-    turns._used = time.thread_time() - 2.0
-    assert turns._rest()
-    assert not turns._rest()  # after next to no work
+    stepped._used = time.thread_time() - 2.0
+    assert stepped._rest()
+    assert not stepped._rest()  # after next to no work
 
     assert len(rests) == 1
     assert rests[0] >= health.REST * 2.0
 
 
 def test_no_rest_follows_the_making_of_metrics(
-    turns: HealthServer, monkeypatch: pytest.MonkeyPatch
+    stepped: HealthServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a probe would have to wait for it to end; it is made so rarely instead."""
-    monkeypatch.setattr(turns._stopping, "wait", lambda _: pytest.fail("it rests"))
+    """Otherwise a probe would have to wait for the rest to end; instead metrics are made rarely."""
+    monkeypatch.setattr(stepped._stopping, "wait", lambda _: pytest.fail("it rests"))
 
-    turns._used = time.thread_time() - 2.0
-    turns._pages.making_metrics = 2.0
+    stepped._used = time.thread_time() - 2.0
+    stepped._pages.making_metrics = 2.0
 
-    assert not turns._rest()
+    assert not stepped._rest()
 
 
-def test_time_to_make_metrics_is_known(turns: HealthServer) -> None:
-    with asks(turns, "/metrics") as client:
-        turns._server.serve_some()
-        turns._server.serve_some()
+def test_time_to_make_metrics_is_known(stepped: HealthServer) -> None:
+    with asks(stepped, "/metrics") as client:
+        stepped._server.serve_some()
+        stepped._server.serve_some()
 
         assert b"relay_build_info" in read_to_the_end(client)
-    assert 0.0 < turns._pages.making_metrics <= time.thread_time()
+    assert 0.0 < stepped._pages.making_metrics <= time.thread_time()
 
 
 # --- Start and stop -------------------------------------------------------------------------

@@ -518,7 +518,7 @@ def test_a_line_that_cannot_be_formatted_says_so(logged: "Logged", log_format: s
 
 
 @pytest.mark.parametrize("log_format", ["human", "json"])
-def test_the_log_is_braked(logged: "Logged", log_format: str) -> None:
+def test_the_log_is_rate_limited(logged: "Logged", log_format: str) -> None:
     configure(log_format, EVERYTHING)
 
     for n in range(BURST * 3):

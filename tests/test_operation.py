@@ -131,7 +131,7 @@ def test_the_watchdog_is_fed_by_the_loop_and_by_nobody_else(manager: "Manager") 
             pass
         manager.heard_all()
         manager.heard.clear()
-        # What says that time passes here is the relay itself: for how long it has been stuck.
+        # Time is read from the relay here: it says for how long it has been stuck.
         while stuck_for(relay.http) < 4:
             pass
 
@@ -392,7 +392,7 @@ def test_a_file_that_is_gone_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["config", "token-file", "relay-secret-file"])
 def test_what_can_be_read_only_once_is_not_read_again(tmp_path: Path, kind: str) -> None:
-    """Or a reload would wait for a writer that never comes."""
+    """Otherwise a reload would wait for a writer that never comes."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with Configured(tmp_path, "") as relay, client_of(relay) as alice:
@@ -523,18 +523,18 @@ def test_few_descriptors_are_said_to_bound_the_allocations() -> None:
     assert re.search(r"there is room for \d+ allocations .* the limit of open files is 96 ", line)
 
 
-def test_the_welcome_is_json_where_the_log_is() -> None:
+def test_the_credential_at_start_is_json_where_the_log_is() -> None:
     """Containers merge the two."""
     with RelayProcess("--log-format=json", port=free_port(), portal=True) as relay:
         relay.logs("relaying: listening on")
         assert relay.process.stdout is not None
-        welcome = json.loads(relay.process.stdout.readline())
+        printed = json.loads(relay.process.stdout.readline())
         with TurnClient(
-            ("127.0.0.1", relay.port), welcome["username"], welcome["credential"]
+            ("127.0.0.1", relay.port), printed["username"], printed["credential"]
         ) as alice:
             alice.allocates()
             alice.refreshes(0)
-    assert welcome["urls"][0] == f"turn:127.0.0.1:{relay.port}?transport=udp"
+    assert printed["urls"][0] == f"turn:127.0.0.1:{relay.port}?transport=udp"
 
 
 # --- Helpers ---------------------------------------------------------------------------------

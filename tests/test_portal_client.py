@@ -1252,7 +1252,7 @@ def test_stops_after_the_end(portal: FakePortal, dial: Dial) -> None:
 def test_token_is_in_no_log_event_or_exception(
     any_portal: FakePortal, dial: Dial, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The fixture looks for it; this test gives everything an occasion to speak."""
+    """The fixture looks for it; this test makes everything log, report or raise."""
     relay = dial(any_portal)
     any_portal.expects_connection().resets()
     any_portal.expects_connection().answers_status(503, {"Retry-After": "0"}, "busy")

@@ -954,7 +954,7 @@ def test_nothing_comes_after_the_end(ends: Callable[[Talk], object]) -> None:
 
 
 class PortalMachine(RuleBasedStateMachine):
-    """A client that does as it is told, and a portal and a clock that do as they like."""
+    """A client that obeys the machine, with an arbitrary portal and clock."""
 
     def __init__(self) -> None:
         super().__init__()

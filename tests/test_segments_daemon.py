@@ -1,4 +1,4 @@
-"""Trains through a running relay, on loopback and through a veth: what enters comes out."""
+"""Segments (GRO, GSO) through a running relay, on loopback and through a veth."""
 
 import os
 import shutil
@@ -32,10 +32,10 @@ def relay(request: pytest.FixtureRequest) -> Iterator[RelayProcess]:
 
 @every_family
 @pytest.mark.parametrize("size", [160, 1200])
-def test_trains_are_the_same_datagrams_behind_the_relay(
+def test_segments_are_the_same_datagrams_behind_the_relay(
     relay: RelayProcess, family: Family, size: int
 ) -> None:
-    """The last is shorter. The relay looks for trains only once it has seen a burst."""
+    """The last is shorter. The relay turns GRO on once it has seen a burst."""
     with ExitStack() as stack:
         ends = Ends(relay, family, LOOPBACK[family], stack)
         for number in range(3):
@@ -51,18 +51,18 @@ def test_trains_are_the_same_datagrams_behind_the_relay(
 
 
 @every_family
-def test_a_train_stays_together(relay: RelayProcess, family: Family) -> None:
-    """Seen by ends for which the kernel joins what was sent in one call."""
+def test_segments_stay_together(relay: RelayProcess, family: Family) -> None:
+    """With GRO at both ends, what was sent in one call is received in one read."""
     with ExitStack() as stack:
         ends = Ends(relay, family, LOOPBACK[family], stack)
         payloads = [bytes([index]) * 1000 for index in range(COUNT)]
-        for _ in range(2):  # in the second it reads what came before it looked for trains
+        for _ in range(2):  # in the second it still reads what was queued before it had GRO
             with Stopped(relay):
                 ends.sends(payloads, both_ways=True)
             for _ in payloads:
                 ends.peer.recv(65535)
                 ends.client.receives()
-        ends.join_trains()
+        ends.enable_gro()
 
         ends.sends(payloads, both_ways=True)
 
@@ -73,7 +73,7 @@ def test_a_train_stays_together(relay: RelayProcess, family: Family) -> None:
 def test_without_offload_datagrams_go_one_by_one() -> None:
     with RelayProcess("--offload=off", port=free_port()) as relay, ExitStack() as stack:
         ends = Ends(relay, Family.IPV4, "127.0.0.1", stack)
-        ends.join_trains()
+        ends.enable_gro()
         payloads = [bytes([index]) * 1000 for index in range(COUNT)]
         for _ in range(2):
             ends.sends(payloads, both_ways=True)
@@ -81,7 +81,7 @@ def test_without_offload_datagrams_go_one_by_one() -> None:
             assert [ends.client.socket.recv(65535) for _ in payloads] == [*map(framed, payloads)]
 
 
-def test_before_the_portal_says_init_every_datagram_of_a_train_counts_as_dropped() -> None:
+def test_before_the_portal_says_init_every_segment_counts_as_dropped() -> None:
     relay = RelayProcess(
         "--api-url=ws://127.0.0.1:9",  # where nobody listens
         port=free_port(),
@@ -91,7 +91,7 @@ def test_before_the_portal_says_init_every_datagram_of_a_train_counts_as_dropped
     with relay, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         relay.logs("waiting for the portal")
         client.connect(("127.0.0.5", relay.port))  # which only the wildcard socket serves
-        send_train(client, [b"x" * 100] * COUNT + [b"short"])
+        send_segments(client, [b"x" * 100] * COUNT + [b"short"])
         wait_until_read(relay.port)
     assert f"{COUNT + 1} not_serving" in relay.errors()
 
@@ -107,7 +107,7 @@ HEADERS = {Family.IPV4: 28, Family.IPV6: 48}  # IP and UDP
 def far_relay() -> Iterator[RelayProcess]:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("making a network namespace takes root and iproute2")
-    name, ours, theirs = f"trains-{os.getpid()}", f"tt{os.getpid()}", f"th{os.getpid()}"
+    name, ours, theirs = f"segments-{os.getpid()}", f"tt{os.getpid()}", f"th{os.getpid()}"
     ip("netns", "add", name)
     try:
         ip("link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", name)
@@ -148,7 +148,7 @@ def test_what_the_header_makes_longer_than_the_mtu_is_sent_one_by_one(
 
 
 @every_family
-def test_trains_to_a_peer_through_a_veth(far_relay: RelayProcess, family: Family) -> None:
+def test_segments_to_a_peer_through_a_veth(far_relay: RelayProcess, family: Family) -> None:
     with ExitStack() as stack:
         ends = Ends(far_relay, family, INSIDE[family], stack, bind=OUTSIDE[family])
         payloads = [bytes([index]) * 1200 for index in range(COUNT)]
@@ -160,7 +160,7 @@ def test_trains_to_a_peer_through_a_veth(far_relay: RelayProcess, family: Family
 
 
 class Ends:
-    """A client and its peer, who send trains to each other."""
+    """A client and its peer, which send segments to each other."""
 
     def __init__(
         self,
@@ -186,17 +186,17 @@ class Ends:
         self.client.binds(NUMBER, self.peer.getsockname()[:2])
 
     def sends(self, payloads: list[bytes], *, both_ways: bool = False) -> None:
-        send_train(self.peer, payloads)
+        send_segments(self.peer, payloads)
         if both_ways:
-            send_train(self.client.socket, [framed(payload) for payload in payloads])
+            send_segments(self.client.socket, [framed(payload) for payload in payloads])
 
-    def join_trains(self) -> None:
-        """Receive trains whole, as long as they were sent in one call."""
+    def enable_gro(self) -> None:
+        """Receive in one read what was sent in one call."""
         for sock in (self.client.socket, self.peer):
             sock.setsockopt(SOL_UDP, UDP_GRO, 1)
 
 
-def send_train(sock: socket.socket, datagrams: list[bytes]) -> None:
+def send_segments(sock: socket.socket, datagrams: list[bytes]) -> None:
     sock.sendmsg(datagrams, [(SOL_UDP, UDP_SEGMENT, struct.pack("H", len(datagrams[0])))])
 
 

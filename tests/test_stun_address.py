@@ -1,4 +1,4 @@
-"""One address, one spelling: that of the kernel, which is ``inet_ntop``."""
+"""Each address has one spelling, that of the kernel: ``inet_ntop``."""
 
 import socket
 import struct

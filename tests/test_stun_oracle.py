@@ -1,6 +1,6 @@
 """Our STUN codec against another one, that of aioice: each must read what the other wrote.
 
-Two codecs that were written apart and agree on every byte are unlikely to share a mistake.
+Two codecs that were written independently are unlikely to share a mistake.
 """
 
 from ipaddress import ip_address

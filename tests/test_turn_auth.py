@@ -173,7 +173,7 @@ def test_nonce_of_another_relay_is_not_ours() -> None:
 
 
 def test_nonce_cannot_be_changed() -> None:
-    """No single bit, and not the time alone."""
+    """Neither a single bit nor the time alone."""
     nonce = authenticator().nonce(client(), 1000.0)
     later = authenticator().nonce(client(), 5000.0)
 
@@ -231,7 +231,7 @@ def test_nonces_are_short_and_printable(host: object, port: int, now: float) -> 
 
 
 def authenticator() -> Authenticator:
-    """Each call makes a new one: none keeps anything."""
+    """Each call makes a new one: no state is kept."""
     return Authenticator(SECRET, b"key of the nonces")
 
 
@@ -254,7 +254,7 @@ def test_keys_of_proven_users_are_remembered_and_not_too_many() -> None:
 
 
 def test_a_key_that_was_not_proven_is_not_remembered() -> None:
-    """Or a flood of invented usernames would push out those of clients."""
+    """Otherwise a flood of invented usernames would push out those of clients."""
     relay = Scenario()
     honest, guessing = relay.client("192.0.2.10:5000").allocates(), relay.client("192.0.2.66:6000")
     guessing.password = "guessed"

@@ -269,7 +269,7 @@ def test_errors_are_signed_for_who_proves_to_know_the_key(relay: Scenario) -> No
 
 
 @methods
-def test_the_order_in_which_a_request_is_judged(relay: Scenario, method: Method) -> None:
+def test_the_order_in_which_a_request_is_checked(relay: Scenario, method: Method) -> None:
     """Each fault hides those behind it: 401, 400, 401, 438, 401, 420, then the method's own."""
     alice = relay.client("192.0.2.10:5000")
     wrong: list[Value] = [(UNKNOWN, b"")]

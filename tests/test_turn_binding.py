@@ -139,7 +139,7 @@ def test_a_message_larger_than_any_real_one_is_dropped(relay: Scenario) -> None:
 
 
 def test_a_request_that_comes_through_the_relay_itself_is_dropped(relay: Scenario) -> None:
-    """Or allocations could be stacked into a loop. RFC 8656 §21.1.7."""
+    """Otherwise allocations could be stacked into a loop. RFC 8656 §21.1.7."""
     alice = relay.client("192.0.2.10:5000").allocates()
     inside = relay.client(f"{PUBLIC_IP4}:{alice.relayed_address[1]}")
     inside.sends(request(Method.BINDING).encode())
@@ -283,7 +283,7 @@ def test_the_older_channel_range_widens_what_counts_as_channel_data() -> None:
 
 
 def test_thousands_of_unknown_attributes_cost_little_and_are_not_all_named(relay: Scenario) -> None:
-    """One datagram of a stranger must not keep the relay busy, nor earn a large answer."""
+    """One unauthenticated datagram must not keep the relay busy, nor earn a large answer."""
     many = [(_raw(0x4000 + number), b"") for number in range(500)]
     answer = relay.client("192.0.2.10:5000").hears(request(Method.BINDING, *many).encode())
 

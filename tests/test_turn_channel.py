@@ -136,7 +136,7 @@ def test_a_peer_of_a_family_that_is_not_allocated(relay: Scenario) -> None:
 
     assert alice.tries_to_bind(0x4000, ("2001:db8::7", 9000)).code == 443
     assert bob.tries_to_bind(0x4000, ("198.51.100.7", 9000)).code == 443
-    assert alice.tries_to_bind(0x4000, ("::1", 9000)).code == 443  # before it is judged
+    assert alice.tries_to_bind(0x4000, ("::1", 9000)).code == 443  # before it is checked
 
 
 @pytest.mark.parametrize(
@@ -208,10 +208,10 @@ def test_peers_differ_by_their_port(relay: Scenario) -> None:
 
 def test_what_is_not_bound_is_dropped_and_counted(relay: Scenario) -> None:
     alice, _ = linked(relay)
-    stranger = relay.client("192.0.2.66:5000")
+    other = relay.client("192.0.2.66:5000")
 
     alice.sends_data(0x4001, b"another number")
-    stranger.sends_data(0x4000, b"another client")
+    other.sends_data(0x4000, b"another client")
     relay.peer("198.51.100.7:9001").sends(b"another port", to=alice.relayed_address)
     relay.peer("198.51.100.8:9000").sends(b"another host", to=alice.relayed_address)
     assert relay.sent() == []

@@ -55,7 +55,7 @@ def test_any_bits_flipped(data: st.DataObject) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 0xFFFF), st.binary(max_size=24)), max_size=12))
 def test_any_attributes_signed_by_a_user(attributes: list[tuple[int, bytes]]) -> None:
-    """One who may ask, and asks for nonsense."""
+    """An authenticated client that asks for nonsense."""
     relay, mallory = attacked()
     for method in (*Method, 0x0AA):
         body = b"".join(
@@ -79,7 +79,7 @@ def test_any_peer(payload: bytes, port: int) -> None:
 
 
 def attacked() -> tuple[Scenario, Client]:
-    """A relay, and a client with an allocation and a channel who is up to no good."""
+    """A relay, and a hostile client with an allocation and a channel."""
     relay = Scenario(channel_numbers=RFC5766_NUMBERS)
     mallory = relay.client("192.0.2.66:6000").allocates()
     mallory.binds(0x4000, ("198.51.100.66", 6000))

@@ -1,4 +1,4 @@
-"""What one user, one address, one network and all strangers together may have."""
+"""What one user, one address, one network and all unauthenticated clients together may have."""
 
 import pytest
 
@@ -106,7 +106,7 @@ def test_a_move_is_not_refused_for_a_limit_that_it_does_not_raise() -> None:
 
 
 def test_a_refused_move_ends_nothing() -> None:
-    """Here for want of a socket: the new one would be of both families."""
+    """Here no socket is left: the new allocation would need one of each family."""
     relay = Scenario(one_allocation_per_username=True, max_sockets=1)
     alice = relay.client("192.0.2.10:5000", user="alice").allocates()
     roaming = relay.client("192.0.2.11:5000", user="alice")
@@ -157,7 +157,7 @@ def test_of_ipv6_a_56_is_one_network() -> None:
     assert answers_to_a_flood(relay, "[2001:db8:0:100::1]:5000") > 0
 
 
-def test_all_strangers_together_get_so_many_answers() -> None:
+def test_all_unauthenticated_clients_together_get_so_many_answers() -> None:
     relay = Scenario(unauthenticated_rate=4)
     floods = [answers_to_a_flood(relay, f"192.0.{n}.1:5000") for n in range(10)]
 
@@ -166,7 +166,7 @@ def test_all_strangers_together_get_so_many_answers() -> None:
 
 
 @pytest.mark.parametrize("method", [Method.ALLOCATE, Method.REFRESH, 0x0FF], ids=hex)
-def test_errors_to_strangers_count_too(method: int) -> None:
+def test_errors_to_unauthenticated_clients_count_too(method: int) -> None:
     relay = Scenario(unauthenticated_rate_per_prefix=1)
     client = relay.client("192.0.2.10:5000")
     for _ in range(100):
@@ -304,7 +304,7 @@ def test_a_peer_that_is_denied_is_cut_off_at_once_in_both_directions() -> None:
     assert alice.tries_to_bind(0x4001, bob).code == 403
 
 
-def test_many_channels_are_judged_some_at_a_time() -> None:
+def test_many_channels_are_checked_some_at_a_time() -> None:
     relay = Scenario()
     bob = relay.peer("198.51.100.7:9000")
     clients = [relay.client(f"192.0.2.10:{port}").allocates() for port in range(5000, 5600)]
@@ -318,7 +318,7 @@ def test_many_channels_are_judged_some_at_a_time() -> None:
     assert relay.server.channels == 0
 
 
-def test_many_channels_of_one_allocation_are_judged_some_at_a_time() -> None:
+def test_many_channels_of_one_allocation_are_checked_some_at_a_time() -> None:
     relay = Scenario()
     alice = relay.client("192.0.2.10:5000").allocates()
     for number in range(700):

@@ -122,9 +122,9 @@ OVERRIDES = [
     pytest.param([], ["0.0.0.0/0"], "192.0.1.1", False, id="everything denied"),
     pytest.param(["10.0.0.0/8"], ["10.0.0.0/8"], "10.1.2.3", False, id="deny on a tie"),
     pytest.param(["10.0.0.0/8"], ["10.1.0.0/16"], "10.1.2.3", False, id="longer deny"),
-    pytest.param(["10.0.0.0/8"], ["10.1.0.0/16"], "10.2.2.3", True, id="beside a longer deny"),
+    pytest.param(["10.0.0.0/8"], ["10.1.0.0/16"], "10.2.2.3", True, id="with a longer deny"),
     pytest.param(["10.1.0.0/16"], ["10.0.0.0/8"], "10.1.2.3", True, id="longer allow"),
-    pytest.param(["10.1.0.0/16"], ["10.0.0.0/8"], "10.2.2.3", False, id="beside a longer allow"),
+    pytest.param(["10.1.0.0/16"], ["10.0.0.0/8"], "10.2.2.3", False, id="with a longer allow"),
     pytest.param(
         ["10.1.2.0/24", "10.0.0.0/8"], ["10.1.0.0/16"], "10.1.2.3", True, id="three deep, allowed"
     ),
@@ -248,7 +248,7 @@ def test_the_relay_itself_is_never_a_peer(peer: tuple[str, int]) -> None:
         pytest.param(("127.0.0.2", 8080), id="another loopback address than the bound one"),
     ],
 )
-def test_beside_the_relay_there_are_peers(peer: tuple[str, int]) -> None:
+def test_addresses_that_the_relay_does_not_use_are_peers(peer: tuple[str, int]) -> None:
     assert PeerPolicy(allow=OPENED, own=OWN).refusal(peer) is None
 
 

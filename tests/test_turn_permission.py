@@ -1,4 +1,4 @@
-"""CreatePermission: judged, but without effect. RFC 8656 §10."""
+"""CreatePermission: checked, but without effect. RFC 8656 §10."""
 
 import pytest
 

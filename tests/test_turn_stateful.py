@@ -1,4 +1,4 @@
-"""Clients, peers and time in any order, against a model that fits on a page.
+"""Clients, peers and time in any order, against a small model.
 
 The model knows when each allocation and channel ends, and nothing of tables, timers or
 sockets. After every step relay and model must agree on what is relayed and on which ports
@@ -37,7 +37,7 @@ class ModelAllocation:
 
 
 class Model:
-    """Who may relay what to whom, by the book."""
+    """Who may relay what to whom, by RFC 8656."""
 
     def __init__(self, takeover: bool) -> None:
         self.now = 0.0

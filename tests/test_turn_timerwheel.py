@@ -44,7 +44,7 @@ def test_a_loop_that_sleeps_until_the_next_deadline_meets_each_of_them() -> None
     assert sleeping_through(wheel) == [(600.5, ["ten minutes"]), (3600.5, ["hour"])]
 
 
-def test_a_far_deadline_costs_one_waking_per_turn_of_the_wheel() -> None:
+def test_a_far_deadline_costs_one_waking_per_revolution_of_the_wheel() -> None:
     wheel = TimerWheel[str](0.0)
     wheel.schedule("a", float(DAY))
 

@@ -235,7 +235,7 @@ class _Exchange:
 
 
 def udp_socket(host: str) -> socket.socket:
-    """Return a non-blocking socket of that host's family that takes trains in one piece."""
+    """Return a non-blocking socket of that host's family that receives with GRO."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)

@@ -17,21 +17,21 @@ UDP_SEGMENT: Final = 103
 UDP_GRO: Final = 104
 
 LARGEST_DATAGRAM: Final = 65507  # payload of a UDP datagram over IPv4
-LONGEST_TRAIN: Final = 64  # datagrams: UDP_MAX_SEGMENTS of older kernels
+MAX_SEGMENTS: Final = 64  # datagrams: UDP_MAX_SEGMENTS of older kernels
 
 
 class Outbox:
     """A buffer for *count* frames of *size* bytes, one after the other, and the way to send them.
 
-    As a *train* they leave in one piece, which the kernel or the network card cuts up
-    (UDP_SEGMENT); else they are datagrams of their own from the start. With *name_size* they go
-    where :meth:`address_to` says, else through connected sockets.
+    With *gso* they leave in one piece, which the kernel or the network card segments
+    (UDP_SEGMENT); else each is a datagram from the start. With *name_size* they go where
+    :meth:`address_to` says, else through connected sockets.
     """
 
-    def __init__(self, size: int, count: int, *, train: bool, name_size: int = 0) -> None:
+    def __init__(self, size: int, count: int, *, gso: bool, name_size: int = 0) -> None:
         self.buffer = bytearray(size * count)
         self.offsets = range(0, size * count, size)
-        pieces = 1 if train else count
+        pieces = 1 if gso else count
         self._frames_per_piece = count // pieces
         self._name = bytearray(max(name_size, 1))
         self._segment = ctypes.create_string_buffer(_segment_control(size))
@@ -46,7 +46,7 @@ class Outbox:
             if name_size:
                 message.header.name = name
                 message.header.namelen = name_size
-            if train:
+            if gso:
                 message.header.control = ctypes.addressof(self._segment)
                 message.header.controllen = _CONTROL_ROOM
         self._arguments = ctypes.addressof(self._headers), pieces, socket.MSG_DONTWAIT
@@ -65,7 +65,7 @@ class Outbox:
 
 
 class Inbox:
-    """A buffer in slots, each as large as a datagram or train can be, and the way to fill it."""
+    """A buffer in slots, each as large as one read with GRO can be, and the way to fill it."""
 
     SLOTS: Final = 16
     SLOT_SIZE: Final = 65536
@@ -96,7 +96,7 @@ class Inbox:
         """Read what is there, as far as there are slots.
 
         Return where each piece begins in :attr:`buffer`, where it ends, and how large its
-        datagrams are: a train that the kernel kept or put together (UDP_GRO) is one piece.
+        datagrams are: those that the kernel kept or put together (UDP_GRO) are one piece.
         Raises ConnectionRefusedError.
         """
         count = _recvmmsg(descriptor, *self._arguments)
@@ -164,7 +164,7 @@ _FULL: Final = {errno.EAGAIN, errno.ENOBUFS, errno.EINTR}
 
 
 def _segment_control(size: int) -> bytes:
-    """Return the control message that has a train cut into datagrams of *size* bytes."""
+    """Return the control message that has the kernel segment into datagrams of *size* bytes."""
     header = struct.pack("@Nii", socket.CMSG_LEN(2), SOL_UDP, UDP_SEGMENT)
     return (header + struct.pack("=H", size)).ljust(_CONTROL_ROOM, b"\0")
 

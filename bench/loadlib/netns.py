@@ -4,9 +4,9 @@
 
     clients 192.0.2.2 ---- veth ---- 192.0.2.1 relay 198.51.100.1 ---- veth ---- 198.51.100.2 peers
 
-The relay is known to both as 192.0.2.1. A veth carries a train of datagrams (UDP_SEGMENT) in one
-piece, and a socket with UDP_GRO receives it so: nothing has to be set for that. It never puts
-singles together, unlike a network card with GRO.
+The relay is known to both as 192.0.2.1. A veth carries what is sent with UDP_SEGMENT in one
+piece, and a socket with UDP_GRO receives it so: nothing has to be set for that. It never merges
+single datagrams, unlike a network card with GRO.
 """
 
 import ctypes

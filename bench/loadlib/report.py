@@ -48,7 +48,7 @@ def report(
     notes: Sequence[str],
 ) -> str:
     """Return the Markdown."""
-    parts = ["# This relay beside coturn", HOW_TO_READ, *notes]
+    parts = ["# This relay compared with coturn", HOW_TO_READ, *notes]
     parts += [_items(f"{name}: {version}" for name, version in versions.items())]
     for title, comparisons in tables.items():
         parts += [f"## {title}", markdown(comparisons), _items(standings(comparisons))]
@@ -79,7 +79,7 @@ def _items(lines: Iterable[str]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Return what a reader must know to set these numbers beside others."""
+    """Return what a reader must know to compare these numbers with others."""
     commit = _output_of("git", "-C", str(CHECKOUT), "describe", "--always", "--dirty")
     processors = [
         line.partition(":")[2].strip()

@@ -1,7 +1,7 @@
 """Datagrams through a TURN server, in both directions, and the times they take.
 
-One thread sends and receives, and spins while it waits, for a sleep would come back too late.
-Sent are singles, or trains: one system call for many datagrams that the kernel cuts up.
+One thread sends and receives, and spins while it waits, because a sleep would end too late.
+It sends single datagrams, or with GSO many in one system call, which the kernel segments.
 Timestamps are taken just before a burst goes out and just after a batch came in.
 """
 
@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from bench.loadlib.clients import Clients, Credentials, LoadError, udp_socket
-from bench.loadlib.mmsg import LARGEST_DATAGRAM, LONGEST_TRAIN, Inbox, Outbox, socket_name
+from bench.loadlib.mmsg import LARGEST_DATAGRAM, MAX_SEGMENTS, Inbox, Outbox, socket_name
 from bench.loadlib.process import CpuTime, cpu_time, own_cpu_time
 from bench.loadlib.tally import FLOW_SHIFT, RUN_SHIFT, Result, count_arrivals, latency_of
 from relay.stun.address import Address, family_of, format_endpoint
@@ -32,8 +32,8 @@ SMALLEST_PAYLOAD: Final = 16  # a word and a time
 LONGEST: Final = 240.0  # seconds of one measurement: permissions end after 300
 REBIND_AFTER: Final = 50.0  # seconds; with the longest measurement this stays below those 300
 
-_BURSTS_PER_TURN: Final = 8  # at most, before what has arrived is received
-_SOCKETS_PER_TURN: Final = 64
+_BURSTS_PER_ITERATION: Final = 8  # at most, before what has arrived is received
+_SOCKETS_PER_ITERATION: Final = 64
 _TOO_LATE: Final = 2_000_000  # ns behind; what was due before is not made up for
 _PROGRESS_EVERY: Final = 100_000_000  # ns
 _LONGEST_DRAIN: Final = 10  # times the patience
@@ -47,7 +47,7 @@ class Direction(Enum):
 
     UP = "up"  # clients, to peers
     DOWN = "down"  # peers, to clients
-    BOTH = "both"  # in turn
+    BOTH = "both"  # alternately
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Load:
     seconds: float = 1.0
     direction: Direction = Direction.BOTH
     burst: int = 1  # datagrams of one flow, back to back
-    train: bool = False  # each burst in one piece
+    gso: bool = False  # each burst in one system call
 
     def __post_init__(self) -> None:
         """Raise ValueError if nobody can send that."""
@@ -72,9 +72,11 @@ class Load:
             raise ValueError(f"seconds are above 0, and at most {LONGEST:.0f}")
         if self.burst < 1:
             raise ValueError("burst is at least 1")
-        longest = min(LONGEST_TRAIN, LARGEST_DATAGRAM // (self.payload + HEADER_SIZE))
-        if self.train and self.burst > longest:
-            raise ValueError(f"a train of {self.payload} bytes each is at most {longest} long")
+        longest = min(MAX_SEGMENTS, LARGEST_DATAGRAM // (self.payload + HEADER_SIZE))
+        if self.gso and self.burst > longest:
+            raise ValueError(
+                f"with GSO a burst of {self.payload} bytes each is at most {longest} long"
+            )
 
     def at(self, rate: float) -> "Load":
         """Return the same at another rate."""
@@ -171,9 +173,9 @@ class Session:
         return CpuTime() if self._pid is None else cpu_time(self._pid)
 
     def _flows(self, load: Load) -> "list[_Flow]":
-        up = Outbox(HEADER_SIZE + load.payload, load.burst, train=load.train)
+        up = Outbox(HEADER_SIZE + load.payload, load.burst, gso=load.gso)
         name_size = len(socket_name(*self._clients.all[0].relayed_address))
-        down = Outbox(load.payload, load.burst, train=load.train, name_size=name_size)
+        down = Outbox(load.payload, load.burst, gso=load.gso, name_size=name_size)
         flows = []
         for channel, peer in enumerate(self._peers):
             header = FIRST_CHANNEL + channel, load.payload
@@ -271,7 +273,7 @@ class _Measurement:
         self._sent = 0
         self._words = array("Q")
         self._delays = array("q")
-        self._busy = 0  # ns in turns of the loop that moved something
+        self._busy = 0  # ns in iterations that moved something
         self._took = 0  # ns, without the drain
         self._under_way = 0
 
@@ -286,7 +288,7 @@ class _Measurement:
         end, due, progress_at = began + int(load.seconds * 1e9), float(began), began
         while now < end:
             moved = 0
-            for _ in range(_BURSTS_PER_TURN):
+            for _ in range(_BURSTS_PER_ITERATION):
                 if due > now:
                     break
                 moved += next(senders)(clock())
@@ -320,7 +322,7 @@ class _Measurement:
 
     def _receive(self) -> int:
         """Note what has arrived, and return how many that were."""
-        readable = self._poll.poll(0, _SOCKETS_PER_TURN)
+        readable = self._poll.poll(0, _SOCKETS_PER_ITERATION)
         if not readable:
             return 0
         before = len(self._words)
@@ -332,7 +334,7 @@ class _Measurement:
             at = 0 if descriptor in self._peers else HEADER_SIZE
             size = at + self._load.payload
             for start, stop, step in pieces:
-                if step != size:  # not ours: a late answer to a request, or a stranger's
+                if step != size:  # not ours: a late answer to a request, or someone else's
                     continue
                 for offset in range(start + at, stop, step):
                     word, sent_at = _unpack_stamp(buffer, offset)

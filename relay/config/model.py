@@ -42,7 +42,7 @@ class Config:
     http_addr: Address | None
     http_addr_given: bool = field(compare=False)  # False: nobody insists on it
     harden: str
-    offload: bool  # trains of datagrams, where the kernel takes them
+    offload: bool  # GRO and GSO, where the kernel has them
     drain_timeout: int  # seconds
     software: str | None
     rng_seed: int | None

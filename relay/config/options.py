@@ -326,7 +326,7 @@ OPTIONS: Final = (
         "offload",
         "OFFLOAD",
         choice(auto=True, off=False),
-        "auto: read and send trains of datagrams at once where the kernel can (UDP_GRO, "
+        "auto: read and send many datagrams at once where the kernel can (UDP_GRO, "
         "UDP_SEGMENT); off: one by one",
         SPECIAL,
         default="auto",

@@ -61,4 +61,4 @@ class Workspace:
             sizes[len(payloads[sent - 1])] += 1
         if sent > 1:
             sizes[size] += sent - 1
-            self.counters.trains[sent] += 1
+            self.counters.batches[sent] += 1

@@ -1,4 +1,5 @@
-"""Linux: the epoll loop, UDP sockets, signals and the mailbox for other threads.
+"""Linux: the event loop, UDP sockets, signals and the mailbox for other threads.
 
-The only package that knows sockets. It knows nothing of TURN.
+The only package that opens sockets for datagrams. It knows nothing of TURN: what a socket reads
+goes to a receiver, and who is to be sent to is a destination.
 """

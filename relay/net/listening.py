@@ -155,9 +155,9 @@ class WildcardSocket(ListeningSocket):
     the route's preferred source may be another, which a client behind NAT would never hear.
 
     The system calls for that cost a quarter more. So each address that the host has at start gets
-    a socket of its own, bound to it beside this one. To them the kernel gives what is sent
-    there; the wildcard is left for addresses that the host gets later. A client looks the same
-    either way, and this socket knows through which it is reached.
+    a per-address socket. To these the kernel gives what is sent there; the wildcard is left for
+    addresses that the host gets later. A client looks the same either way, and this socket
+    knows through which it is reached.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ from typing import Final, Protocol
 logger = logging.getLogger("relay.net.reactor")
 
 # Sources served per iteration. If more are readable, those that come first are served in each
-# iteration all the same, and epoll has the others take turns.
+# iteration all the same, and epoll rotates the others.
 MAX_EVENTS: Final = 16
 LONG_ITERATION: Final = 0.001  # seconds; what is shorter nobody asks for
 SLOW_ITERATION: Final = 0.1  # seconds: a wait that a caller would hear

@@ -25,10 +25,10 @@ READ_BUDGET: Final = 32  # datagrams per call of on_readable, at most
 # the last at once: the longest ones take as long as a hundred datagrams.
 SEGMENTED_BUDGET: Final = 4
 BURST: Final = 16  # datagrams of one flow, read in one call, that tell bulk traffic from calls
-# Finding a socket empty costs an exception, as much as reading a datagram. So after a lone one the
-# next few are read without looking for more: the more, the longer they have come one at a time.
-LONE_READS: Final = 4
-MAX_LONE_READS: Final = 64
+# Finding a socket empty costs an exception, as much as reading a datagram. So after a single one
+# the next few are read without looking for more: the more, the longer they come one at a time.
+SINGLE_READS: Final = 4
+MAX_SINGLE_READS: Final = 64
 _ONCE: Final = range(1)
 _UP_TO_BUDGET: Final = range(READ_BUDGET)
 PORT_BUFFER: Final = 512 << 10  # bytes the kernel may queue for each port: 200 large datagrams
@@ -151,15 +151,15 @@ class UdpReader:
         "_buffer",
         "_local",
         "_local_part",
-        "_lone",
-        "_lone_reads",
         "_lost",
+        "_next_singles",
         "_offload",
         "_on_datagram",
         "_on_segments",
         "_reads_segments",
         "_recvfrom_into",
         "_recvmsg_into",
+        "_singles",
         "_sock",
     )
 
@@ -184,8 +184,8 @@ class UdpReader:
         self._local = local
         self._local_part = local_part
         self._reads_segments = local_part is not None
-        self._lone = 0  # how many are still to be read without looking for more
-        self._lone_reads = LONE_READS  # how many will be after the next lone one
+        self._singles = 0  # how many are still to be read without looking for more
+        self._next_singles = SINGLE_READS  # how many will be, once one comes alone again
         self.hand_to(receiver)
 
     def hand_to(self, receiver: Receiver) -> None:
@@ -204,7 +204,7 @@ class UdpReader:
         receive, buffer, local = self._recvfrom_into, self._buffer, self._local
         on_datagram = self._on_datagram
         first = source = None
-        for count in _ONCE if self._lone else _UP_TO_BUDGET:
+        for count in _ONCE if self._singles else _UP_TO_BUDGET:
             try:
                 size, source = receive(buffer)
             except OSError as error:
@@ -218,10 +218,10 @@ class UdpReader:
                 on_datagram(size, (source, local))
             else:
                 on_datagram(size, source if len(source) == 2 else source[:2])
-        if self._lone:
-            self._lone -= 1
+        if self._singles:
+            self._singles -= 1
             return True
-        self._lone_reads = LONE_READS
+        self._next_singles = SINGLE_READS
         if source == first:
             self._enable_gro()
         return True
@@ -231,7 +231,7 @@ class UdpReader:
         receive, buffers = self._recvmsg_into, (self._buffer,)
         local, local_part = self._local, self._local_part
         usual = 0 if local_part is None else 1  # control messages that come in any case
-        for count in _ONCE if self._lone else _UP_TO_BUDGET:
+        for count in _ONCE if self._singles else _UP_TO_BUDGET:
             try:
                 size, ancillary, _, source = receive(buffers, _CONTROL_ROOM)
             except OSError as error:
@@ -247,8 +247,10 @@ class UdpReader:
                 singly = self._on_segments(size, segment, source)
                 if count + 1 >= SEGMENTED_BUDGET or singly > SEGMENTED_BUDGET:
                     break
-        if self._lone:
-            self._lone -= 1
+        if self._singles:
+            self._singles -= 1
+        else:
+            self._next_singles = SINGLE_READS
         return True
 
     def _pause(self, count: int, error: OSError) -> None:
@@ -256,10 +258,10 @@ class UdpReader:
         if not isinstance(error, BlockingIOError):
             self._lost(f"receive_{errno_name(error)}")
         if count == 1:
-            self._lone = self._lone_reads
-            self._lone_reads = min(2 * self._lone_reads, MAX_LONE_READS)
+            self._singles = self._next_singles
+            self._next_singles = min(2 * self._next_singles, MAX_SINGLE_READS)
         elif count:
-            self._lone_reads = LONE_READS
+            self._next_singles = SINGLE_READS
 
     def _enable_gro(self) -> None:
         """Read segments from here on, if the kernel makes any."""

@@ -12,14 +12,14 @@ class Counters:
     is one addition per datagram, or per call that sends many equal ones.
     """
 
-    __slots__ = ("bugs", "dropped", "to_client", "to_peer", "trains")
+    __slots__ = ("batches", "bugs", "dropped", "to_client", "to_peer")
 
     def __init__(self, known_drops: Iterable[str] = ()) -> None:
         """Begin at zero. *known_drops* are reasons to report before they are counted."""
         self.to_peer: defaultdict[int, int] = defaultdict(int)  # sent on to peers, by size
         self.to_client: defaultdict[int, int] = defaultdict(int)  # sent on to clients, by size
-        # How often two or more datagrams were sent at once, by how many.
-        self.trains: defaultdict[int, int] = defaultdict(int)
+        # How often two or more datagrams were handed to the kernel at once, by how many.
+        self.batches: defaultdict[int, int] = defaultdict(int)
         # Datagrams neither relayed nor answered, by reason.
         self.dropped: Counter[str] = Counter(dict.fromkeys(known_drops, 0))
         self.bugs = 0  # exceptions that a handler let through

@@ -21,7 +21,7 @@ from relay.observe.counters import Counters
 STUCK_AFTER: Final = 5.0  # seconds in one iteration of the loop
 
 PACKET_SIZES: Final = (64, 128, 256, 512, 1024, 1280, 1500)  # upper bounds, in bytes
-TRAIN_LENGTHS: Final = (1, 2, 4, 8, 16, 32, 64)  # upper bounds, in datagrams
+BATCH_LENGTHS: Final = (1, 2, 4, 8, 16, 32, 64)  # upper bounds, in datagrams
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class RelayCollector(Collector):
         """Take where to look."""
         self._status = status
         self._version = version
-        self._lone_datagrams = 0
+        self._sent_singly = 0
 
     def collect(self) -> Iterator[Metric]:
         """Make them all."""
@@ -145,9 +145,9 @@ class RelayCollector(Collector):
         )
 
     def _data(self, counters: Counters) -> Iterator[Metric]:
-        # Copying a dict of numbers is one step for the other threads. Trains go first: their
+        # Copying a dict of numbers is one step for the other threads. Batches go first: their
         # datagrams are then among those relayed.
-        trains = dict(counters.trains)
+        batches = dict(counters.batches)
         to_peer, to_client = dict(counters.to_peer), dict(counters.to_client)
         datagrams = {
             "client_to_peer": sum(to_peer.values()),
@@ -180,13 +180,13 @@ class RelayCollector(Collector):
             sum_value=sum(payload.values()),
         )
         # A counter must not fall, and these numbers are not of the very same moment.
-        self._lone_datagrams = max(self._lone_datagrams, relayed - total(trains))
-        trains[1] = self._lone_datagrams
+        self._sent_singly = max(self._sent_singly, relayed - total(batches))
+        batches[1] = self._sent_singly
         yield HistogramMetricFamily(
             "relay_train_length",
             "Datagrams handed to the kernel at a time: the longer, the less each one costs.",
-            buckets=_buckets(TRAIN_LENGTHS, _up_to(TRAIN_LENGTHS, trains), sum(trains.values())),
-            sum_value=total(trains),
+            buckets=_buckets(BATCH_LENGTHS, _up_to(BATCH_LENGTHS, batches), sum(batches.values())),
+            sum_value=total(batches),
         )
 
 

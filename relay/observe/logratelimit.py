@@ -1,4 +1,4 @@
-"""A brake on log lines that repeat, so that no flood fills a disk."""
+"""A rate limit on log lines that repeat, so that no flood fills a disk."""
 
 import logging
 import time
@@ -10,18 +10,18 @@ INTERVAL: Final = 10.0  # seconds
 BURST: Final = 5  # lines of one kind about one client, per interval
 BURST_OF_ALL: Final = 100  # lines of one kind about all clients together, per interval
 MOST_KINDS: Final = 500
-UNBRAKED: Final = "relay.daemon"
+UNLIMITED: Final = "relay.daemon"
 
 
-class Brake(logging.Filter):
+class LogRateLimit(logging.Filter):
     """Lets few lines of one kind through per interval. Safe in several threads.
 
     Lines are of one kind if logger, level and message template are the same. Where they carry
     the host of a client (``extra={"client": host}``), each client has a share of its own. The
     first line of a kind after a pause says how many were held back, whoever they were about.
 
-    DEBUG is not braked: who asks for it wants it all. Neither is the daemon, which says what
-    came of signals: only the operator could flood the log with it.
+    DEBUG is not limited: who asks for it wants all of it. Nor are the lines of the daemon, which
+    say what came of signals: only the operator could flood the log with them.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -32,7 +32,7 @@ class Brake(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether *record* may pass, after adding to it what was held back."""
-        if record.levelno <= logging.DEBUG or record.name == UNBRAKED:
+        if record.levelno <= logging.DEBUG or record.name == UNLIMITED:
             return True
         with self._lock:
             now, kind = self._clock(), self._kind(record)

@@ -9,7 +9,7 @@ from typing import Any, Final, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
-from relay.observe.logratelimit import Brake
+from relay.observe.logratelimit import LogRateLimit
 
 
 def configure(log_format: str, levels: dict[str, int]) -> None:
@@ -51,7 +51,7 @@ def _handler(descriptor: int) -> "LineHandler":
         if isinstance(handler, LineHandler) and handler.descriptor == descriptor:
             return handler
     new = LineHandler(descriptor)
-    new.addFilter(Brake())
+    new.addFilter(LogRateLimit())
     return new
 
 

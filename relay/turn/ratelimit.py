@@ -1,4 +1,4 @@
-"""How many answers strangers get: per prefix of source addresses, and in all.
+"""How many unauthenticated requests are answered: per prefix of source addresses, and in all.
 
 Anyone can ask in the name of anyone else, so what goes to those who prove nothing is bounded
 twice: what one network can be made to receive, and what all of them can cost. Above that

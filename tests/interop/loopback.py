@@ -1,4 +1,4 @@
-"""What every test in this folder stands on: a relay, ends of UDP conversations, a time limit."""
+"""What the tests in this folder share: a relay, ends of UDP conversations, a time limit."""
 
 import asyncio
 import functools

@@ -136,8 +136,8 @@ def all_of(messages: int) -> Statistics:
 async def uclient(relay: RelayProcess, server: str, *options: str) -> Statistics:
     """Run uclient to its end. Raises EvenPortRefused.
 
-    With -c it tosses a coin for each Allocate, and asks for an even port if that says so
-    (``clnet_allocate()`` in its startuclient.c). Then it is run again, as often as it takes.
+    With -c it decides at random whether an Allocate asks for an even port
+    (``clnet_allocate()`` in its startuclient.c). If one does, uclient is run again.
     """
     credential = ["-u", relay.username, "-w", relay.password]
     while True:
