@@ -17,7 +17,7 @@ from relay.datapath.datapath import DataPath
 from relay.datapath.destination import Pieces, Workspace
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
-from relay.net.udp import PortOpener
+from relay.net.udp import PortOpener, Shared
 from relay.observe.counters import Counters
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
@@ -75,9 +75,7 @@ class Idle:
             open_socket=PortOpener(
                 self._reactor,
                 {Family.IPV4: "127.0.0.1", Family.IPV6: "::1"},
-                workspace.for_peers,
-                self.counters.lost,
-                Offload(wanted=True),
+                Shared(workspace.for_peers, self.counters.lost, Offload(wanted=True)),
             ).open,
             public_hosts=self.scenario.public_hosts,
             relay_ports=PORTS,

@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from relay.net.listening import ListeningSocket, WildcardSocket
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
-from relay.net.udp import READ_BUDGET, PortSocket, UdpDestination, bind_udp
+from relay.net.udp import READ_BUDGET, PortSocket, Shared, UdpDestination, bind_udp
 
 COUNT: Final = READ_BUDGET
 ROUNDS: Final = {"rounds": 500, "warmup_rounds": 5}
@@ -101,14 +101,14 @@ class Ends:
         host = "0.0.0.0" if kind == "wildcard" else "127.0.0.1"
         sock = self._stack.enter_context(bind_udp(host, 0, 4 << 20))
         self._address = ("127.0.0.1", sock.getsockname()[1])
-        wanted = Offload(wanted=offload)
+        shared = Shared(self._buffer, fail, Offload(wanted=offload))
         if kind == "port":
             reactor = Reactor()
             self._stack.callback(reactor.close)
-            return PortSocket(sock, self._buffer, fail, wanted, self, reactor)
+            return PortSocket(sock, shared, self, reactor)
         if kind == "bound":
-            return ListeningSocket(sock, self._buffer, fail, wanted, self)
-        return WildcardSocket(sock, self._buffer, fail, wanted, self)
+            return ListeningSocket(sock, shared, self)
+        return WildcardSocket(sock, shared, self)
 
     def reaches_outside(self, kind: str) -> UdpDestination:
         """Open a socket to be measured, and return how it reaches the one outside."""

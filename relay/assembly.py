@@ -26,7 +26,7 @@ from relay.net.listening import ListeningSocket, adopt, listen
 from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor, log_bug
-from relay.net.udp import USUAL_LOSSES, PortOpener
+from relay.net.udp import USUAL_LOSSES, PortOpener, Shared
 from relay.observe.counters import Counters
 from relay.observe.http import HealthServer
 from relay.observe.monitor import QUEUE_FULL, Monitor
@@ -119,7 +119,8 @@ def assemble(config: Config, on_portal_event: Callable[[PortalEvent], None]) -> 
     )
     _check_descriptors(config, max_sockets, descriptors)
     relay_hosts = {int(family): _relay_host(config, family) for family in config.public_hosts}
-    opener = PortOpener(reactor, relay_hosts, workspace.for_peers, counters.lost, offload)
+    for_ports = Shared(workspace.for_peers, counters.lost, offload)
+    opener = PortOpener(reactor, relay_hosts, for_ports)
     datapath = DataPath(
         server,
         workspace,
@@ -209,11 +210,12 @@ def _listeners(
         }
     except systemd.ActivationError as error:
         raise ConfigError(f"systemd: {error}") from error
-    behind = (workspace.view, workspace.counters.lost, offload, NotServing(workspace))
+    shared = Shared(workspace.view, workspace.counters.lost, offload)
+    receiver = NotServing(workspace)
     listeners: dict[Family, ListeningSocket] = {}
     for family in [family for family in config.bind_hosts if family in handed_over]:
         try:
-            listeners[family] = adopt(handed_over.pop(family), *behind)
+            listeners[family] = adopt(handed_over.pop(family), shared, receiver)
         except ValueError as error:
             raise ConfigError(f"systemd has handed over {error}") from error
     for family, sock in handed_over.items():
@@ -222,7 +224,7 @@ def _listeners(
     for family, host in config.bind_hosts.items():
         if family not in listeners:
             try:
-                listeners[family] = listen(host, config.listen_port, *behind)
+                listeners[family] = listen(host, config.listen_port, shared, receiver)
             except OSError as error:
                 where = format_endpoint(host, config.listen_port)
                 raise DaemonError(

@@ -26,7 +26,7 @@ from tests.turnclient import TIMEOUT, TurnClient, TurnError
 
 PORTS: Final = range(62000, 62256)  # for allocations; the kernel hands out none of these by itself
 # Networks of their own: only unauthenticated clients are to exceed the rate of unsigned answers.
-UNAUTHENTICATED, USERS = "127.66.66.66", "127.77.77."
+UNAUTHENTICATED, USERS = "127.66.66.66", "127.77"
 NEVER: Final = 2**64 - 1  # when a credential expires
 TIMES: Final = 4  # that each flood comes in a round
 # Bytes that a flooder may take of a queue, which has 416 KiB where nobody has set anything.
@@ -87,7 +87,8 @@ class Target:
     ) -> Iterator[TurnClient]:
         """A client, with a username of its own if no *salt* is given."""
         username, right = mint(expiry, salt or self.rng.randbytes(8).hex(), self._secret)
-        own = f"{USERS}{self.rng.randrange(1, 255)}"
+        # So many addresses that no two users share a 5-tuple by chance, of which one would get 437.
+        own = f"{USERS}.{self.rng.randrange(1, 255)}.{self.rng.randrange(1, 255)}"
         with TurnClient(("127.0.0.1", self.port), username, password or right, bind=own) as client:
             client._nonce = b"none"  # so that it signs from its first request on
             yield client

@@ -10,7 +10,7 @@ from relay.datapath.destination import Workspace
 from relay.datapath.relayport import RelayPorts
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
-from relay.net.udp import PortOpener
+from relay.net.udp import PortOpener, Shared
 from relay.observe.counters import Counters
 from relay.stun.const import Family
 
@@ -28,13 +28,8 @@ def reactor() -> Iterator[Reactor]:
 @pytest.fixture
 def ports(reactor: Reactor) -> RelayPorts:
     workspace = Workspace(Counters())
-    opener = PortOpener(
-        reactor,
-        {int(family): host for family, host in HOSTS.items()},
-        workspace.for_peers,
-        workspace.counters.lost,
-        Offload(wanted=True),
-    )
+    shared = Shared(workspace.for_peers, workspace.counters.lost, Offload(wanted=True))
+    opener = PortOpener(reactor, {int(f): host for f, host in HOSTS.items()}, shared)
     return RelayPorts(workspace, opener.open, lambda host: host in HOSTS.values())
 
 

@@ -15,7 +15,7 @@ import pytest
 from relay.net.listening import ListeningSocket, WildcardSocket, adopt
 from relay.net.offload import Offload, SegmentSender
 from relay.net.reactor import Reactor
-from relay.net.udp import BURST, READ_BUDGET, SEGMENTED_BUDGET, PortSocket, bind_udp
+from relay.net.udp import BURST, READ_BUDGET, SEGMENTED_BUDGET, PortSocket, Shared, bind_udp
 
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104  # <linux/udp.h>
 WILDCARDS = {"127.0.0.1": "0.0.0.0", "::1": "::"}
@@ -29,21 +29,20 @@ class Receiver:
 
     def __init__(self, kind: str, host: str, stack: ExitStack, *, offload: bool = True) -> None:
         self._buffer = bytearray(65535)
-        view = memoryview(self._buffer)
         self._sock = stack.enter_context(
             bind_udp(WILDCARDS[host] if kind == "wildcard" else host, 0, 4 << 20)
         )
         self.address = (host, self._sock.getsockname()[1])
-        wanted = Offload(wanted=offload)
+        shared = Shared(memoryview(self._buffer), unexpected, Offload(wanted=offload))
         self.under_test: PortSocket | ListeningSocket
         if kind == "port":
             reactor = Reactor()
             stack.callback(reactor.close)
-            self.under_test = PortSocket(self._sock, view, unexpected, wanted, self, reactor)
+            self.under_test = PortSocket(self._sock, shared, self, reactor)
         elif kind == "bound":
-            self.under_test = ListeningSocket(self._sock, view, unexpected, wanted, self)
+            self.under_test = ListeningSocket(self._sock, shared, self)
         else:
-            self.under_test = WildcardSocket(self._sock, view, unexpected, wanted, self)
+            self.under_test = WildcardSocket(self._sock, shared, self)
         self.reads: list[int] = []  # how many datagrams each of them held
         self.handled_singly = 0  # what is said of the segments of each read
         self.datagrams: list[bytes] = []
@@ -326,7 +325,7 @@ def test_a_socket_that_had_gro_before_us_is_read_with_gro(
     sock.setsockopt(SOL_UDP, UDP_GRO, 1)
     buffer = memoryview(bytearray(65536))
     inbox = SegmentsOnly()
-    listener = adopt(sock, buffer, unexpected, Offload(wanted=wanted), inbox)
+    listener = adopt(sock, Shared(buffer, unexpected, Offload(wanted=wanted)), inbox)
     sender = Sender("127.0.0.1", stack)
 
     sender.sends_segments(8, ("127.0.0.1", listener.address[1]))

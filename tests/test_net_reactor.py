@@ -17,7 +17,7 @@ from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.reactor import MAX_EVENTS, Reactor
 from relay.net.signals import Signals
-from relay.net.udp import MAX_SINGLE_READS, READ_BUDGET, SINGLE_READS, PortSocket, bind_udp
+from relay.net.udp import MAX_SINGLE_READS, READ_BUDGET, SINGLE_READS, PortSocket, Shared, bind_udp
 
 
 class Clock:
@@ -53,9 +53,8 @@ class Inbox:
     def __init__(self, reactor: Reactor) -> None:
         self.sock = bind_udp("127.0.0.1", 0, 4 << 20)
         self._buffer = bytearray(65536)
-        self._socket = PortSocket(
-            self.sock, memoryview(self._buffer), self.lost, Offload(wanted=False), self, reactor
-        )
+        shared = Shared(memoryview(self._buffer), self.lost, Offload(wanted=False))
+        self._socket = PortSocket(self.sock, shared, self, reactor)
         self.reader: Any = self._socket._reader
         self.received: list[bytes] = []
         self.losses: list[str] = []

@@ -11,7 +11,7 @@ import pytest
 from relay.net.addresses import is_local, local_addresses, outward_address
 from relay.net.listening import ListeningSocket, WildcardSocket, listen
 from relay.net.offload import Offload
-from relay.net.udp import PortSocket, UdpReader, bind_udp
+from relay.net.udp import PortSocket, Shared, UdpReader, bind_udp
 
 OFF = Offload(wanted=False)
 ERRORS = [
@@ -68,11 +68,12 @@ def test_what_cannot_be_sent_is_counted_and_that_is_all(error: int) -> None:
     sock: Any = FailingSocket(error)
     address: Any = ("127.0.0.1", 9)
     reactor: Any = Unread()
-    port = PortSocket(sock, memoryview(b""), lost.append, OFF, Inbox(), reactor)
+    counting = Shared(memoryview(b""), lost.append, OFF)
+    port = PortSocket(sock, counting, Inbox(), reactor)
     port.reach(address).send(b"x")
-    listening = ListeningSocket(sock, memoryview(b""), lost.append, OFF, Inbox())
+    listening = ListeningSocket(sock, counting, Inbox())
     listening.reach((address, b"")).send(b"x")
-    wildcard = WildcardSocket(sock, memoryview(b""), lost.append, OFF, Inbox())
+    wildcard = WildcardSocket(sock, counting, Inbox())
     wildcard.reach((address, b"\x7f\0\0\1")).send(b"x")
 
     assert lost == [f"send_{errno.errorcode[error].lower()}"] * 3
@@ -97,7 +98,7 @@ def test_an_address_has_a_socket_of_its_own_but_its_clients_look_the_same(
     per_address = asks_and_is_answered(wildcard, address)
     sock = bind_udp(wildcard, 0, 65536)
     inbox = Inbox()
-    alone = WildcardSocket(sock, memoryview(bytearray(100)), _unexpected, OFF, inbox)
+    alone = WildcardSocket(sock, shared(), inbox)
     with socket.socket(family, socket.SOCK_DGRAM) as client:
         client.connect((address, alone.address[1]))
         client.send(b"ask")
@@ -110,14 +111,14 @@ def test_an_address_has_a_socket_of_its_own_but_its_clients_look_the_same(
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "127.0.0.9"])
 def test_nobody_else_can_bind_to_what_we_listen_on(address: str) -> None:
-    listener = listen("0.0.0.0", 0, memoryview(bytearray(100)), _unexpected, OFF, Inbox())
+    listener = listen("0.0.0.0", 0, shared(), Inbox())
     with pytest.raises(OSError, match="in use"):
         bind_udp(address, listener.address[1], 65536, reuse_port=True)
     listener.close()
 
 
 def test_closing_a_wildcard_socket_gives_back_the_port_at_all_addresses() -> None:
-    listener = listen("0.0.0.0", 0, memoryview(bytearray(100)), _unexpected, OFF, Inbox())
+    listener = listen("0.0.0.0", 0, shared(), Inbox())
     assert len(listener.sockets) > 1
     listener.close()
 
@@ -136,9 +137,9 @@ MANY = [f"127.0.0.{number}" for number in range(10, 99)]
 )
 def test_other_hosts_are_left_to_the_wildcard_socket(hosts: list[str], bound: list[str]) -> None:
     sock = bind_udp("0.0.0.0", 0, 65536)
-    inbox, buffer = Inbox(), memoryview(bytearray(100))
-    listener = WildcardSocket(sock, buffer, _unexpected, OFF, inbox)
-    listener.bind_per_address(hosts, buffer, OFF, inbox)
+    inbox = Inbox()
+    listener = WildcardSocket(sock, shared(), inbox)
+    listener.bind_per_address(hosts, inbox)
 
     assert listener.sockets[0] is listener
     assert [one.address[0] for one in listener.sockets[1:]] == bound
@@ -168,7 +169,7 @@ def test_a_port_cannot_be_bound_twice() -> None:
 
 def test_of_an_ipv6_peer_only_host_and_port_count() -> None:
     sock, inbox = bind_udp("::1", 0, 65536), Inbox()
-    reader = UdpReader(sock, memoryview(bytearray(100)), _unexpected, OFF, inbox)
+    reader = UdpReader(sock, shared(), inbox)
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as peer:
         peer.bind(("::1", 0))
         peer.sendto(b"hi", sock.getsockname())
@@ -192,7 +193,7 @@ def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
     """Send to *address* of a listening socket on *bind*; the answer must come from there."""
     buffer = bytearray(100)
     inbox = Inbox()
-    listener = listen(bind, 0, memoryview(buffer), _unexpected, OFF, inbox)
+    listener = listen(bind, 0, shared(buffer), inbox)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as client:
         client.connect((address, listener.address[1]))  # hears from nobody else
@@ -207,6 +208,10 @@ def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
     listener.close()
     client_and_local: tuple[Any, bytes] = inbox.sources[0]
     return client_and_local
+
+
+def shared(buffer: bytearray | None = None) -> Shared:
+    return Shared(memoryview(bytearray(100) if buffer is None else buffer), _unexpected, OFF)
 
 
 def _unexpected(name: str) -> None:

@@ -12,10 +12,11 @@ from typing import Final
 
 from relay.net.addresses import WILDCARDS, local_addresses
 from relay.net.buffers import log_buffers, set_buffers
-from relay.net.offload import ControlMessage, Offload, SegmentSender
+from relay.net.offload import ControlMessage, SegmentSender
 from relay.net.udp import (
     Lost,
     Receiver,
+    Shared,
     SocketAddress,
     UdpDestination,
     UdpReader,
@@ -49,20 +50,15 @@ Client = tuple[SocketAddress, bytes]
 """A socket address, and that of ours which it wrote to: packed, or empty if there is just one."""
 
 
-def listen(
-    host: str, port: int, buffer: memoryview, lost: Lost, offload: Offload, receiver: Receiver
-) -> "ListeningSocket":
-    """Bind a socket that reads into *buffer*. Raises OSError."""
-    sock = bind_udp(host, port, LISTEN_BUFFER)
-    listener = _listening(sock, buffer, lost, offload, receiver)
+def listen(host: str, port: int, shared: Shared, receiver: Receiver) -> "ListeningSocket":
+    """Bind a socket whose datagrams *receiver* takes. Raises OSError."""
+    listener = _listening(bind_udp(host, port, LISTEN_BUFFER), shared, receiver)
     if isinstance(listener, WildcardSocket):
-        listener.bind_per_address(local_addresses(), buffer, offload, receiver)
+        listener.bind_per_address(local_addresses(), receiver)
     return listener
 
 
-def adopt(
-    sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload, receiver: Receiver
-) -> "ListeningSocket":
+def adopt(sock: socket.socket, shared: Shared, receiver: Receiver) -> "ListeningSocket":
     """Listen on a UDP socket that is bound already. Raises OSError.
 
     One for IPv6 must be for nothing else (IPV6_V6ONLY): ValueError says that it is not.
@@ -78,16 +74,14 @@ def adopt(
     set_buffers(sock, LISTEN_BUFFER)
     # No sockets per address: they would be without its device, its mark and the rest, and would
     # not be there while the next process starts.
-    return _listening(sock, buffer, lost, offload, receiver)
+    return _listening(sock, shared, receiver)
 
 
-def _listening(
-    sock: socket.socket, buffer: memoryview, lost: Lost, offload: Offload, receiver: Receiver
-) -> "ListeningSocket":
+def _listening(sock: socket.socket, shared: Shared, receiver: Receiver) -> "ListeningSocket":
     host = sock.getsockname()[0]
     log_buffers(sock, LISTEN_BUFFER, f"the socket for clients on {host}")
     kind = WildcardSocket if host in WILDCARDS else ListeningSocket
-    return kind(sock, buffer, lost, offload, receiver)
+    return kind(sock, shared, receiver)
 
 
 class ListeningSocket:
@@ -97,23 +91,14 @@ class ListeningSocket:
     """
 
     def __init__(
-        self,
-        sock: socket.socket,
-        buffer: memoryview,
-        lost: Lost,
-        offload: Offload,
-        receiver: Receiver,
-        local: bytes = b"",
+        self, sock: socket.socket, shared: Shared, receiver: Receiver, local: bytes = b""
     ) -> None:
-        """Own *sock*; read into *buffer*; report what the kernel did not take or give to *lost*.
-
-        *local* is the address of ours that all who write here mean.
-        """
+        """Own *sock*. *local* is the address of ours that all who write here mean."""
         self._sock = sock
-        self._lost = lost
-        self._segments = SegmentSender(sock, offload)
-        self._reader = self._make_reader(buffer, offload, receiver, local)
-        if offload.has_gro(sock):
+        self._shared = shared
+        self._segments = SegmentSender(sock, shared.offload)
+        self._reader = self._make_reader(receiver, local)
+        if shared.offload.has_gro(sock):
             self._reader.expect_segments()
         self.address: SocketAddress = sock.getsockname()
         self.sockets: list[ListeningSocket] = [self]  # what there is to read
@@ -125,7 +110,7 @@ class ListeningSocket:
 
     def reach(self, client: Client) -> UdpDestination:
         """Return how to send to a client from here."""
-        return UdpDestination(self._sock, self._segments, client[0], self._lost)
+        return UdpDestination(self._sock, self._segments, client[0], self._shared.lost)
 
     def hand_to(self, receiver: Receiver) -> None:
         """Have *receiver* take what is read from here on."""
@@ -142,10 +127,8 @@ class ListeningSocket:
         drops: int = _MEMINFO.unpack(meminfo)[_MEMINFO_DROPS]
         return drops
 
-    def _make_reader(
-        self, buffer: memoryview, offload: Offload, receiver: Receiver, local: bytes
-    ) -> UdpReader:
-        return UdpReader(self._sock, buffer, self._lost, offload, receiver, local=local)
+    def _make_reader(self, receiver: Receiver, local: bytes) -> UdpReader:
+        return UdpReader(self._sock, self._shared, receiver, local=local)
 
 
 class WildcardSocket(ListeningSocket):
@@ -160,27 +143,20 @@ class WildcardSocket(ListeningSocket):
     knows through which it is reached.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        buffer: memoryview,
-        lost: Lost,
-        offload: Offload,
-        receiver: Receiver,
-    ) -> None:
-        """As :class:`ListeningSocket`; the local address is what the kernel says."""
-        super().__init__(sock, buffer, lost, offload, receiver)
+    def __init__(self, sock: socket.socket, shared: Shared, receiver: Receiver) -> None:
+        """Own *sock*."""
+        super().__init__(sock, shared, receiver)
         self._per_address: dict[bytes, ListeningSocket] = {}
         self._sources: dict[bytes, ControlMessage] = {}
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         else:
             sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-        offload.enable_gro(sock)  # as it costs nothing here: the control messages are read anyway
+        shared.offload.enable_gro(
+            sock
+        )  # as it costs nothing here: the control messages are read anyway
 
-    def bind_per_address(
-        self, hosts: Iterable[str], buffer: memoryview, offload: Offload, receiver: Receiver
-    ) -> None:
+    def bind_per_address(self, hosts: Iterable[str], receiver: Receiver) -> None:
         """Bind a socket to each of *hosts* that can be bound, but not to too many."""
         family, port = self._sock.family, self.address[1]
         ours = [host for host in sorted(hosts) if (":" in host) == (family == socket.AF_INET6)]
@@ -192,9 +168,7 @@ class WildcardSocket(ListeningSocket):
                 sock = bind_udp(host, port, LISTEN_BUFFER, reuse_port=True)
                 sharing.append(sock)
                 local = socket.inet_pton(family, host)
-                self._per_address[local] = ListeningSocket(
-                    sock, buffer, self._lost, offload, receiver, local
-                )
+                self._per_address[local] = ListeningSocket(sock, self._shared, receiver, local)
         for sock in sharing:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
         self.sockets += self._per_address.values()
@@ -206,7 +180,7 @@ class WildcardSocket(ListeningSocket):
         if per_address is not None:
             return per_address.reach(client)
         control = (self._sources.get(local) or self._source(local),)
-        return _SourcedDestination(self._sock, self._segments, address, self._lost, control)
+        return _SourcedDestination(self._sock, self._segments, address, self._shared.lost, control)
 
     def hand_to(self, receiver: Receiver) -> None:
         """Have *receiver* take what is read from here on, at all addresses."""
@@ -220,11 +194,9 @@ class WildcardSocket(ListeningSocket):
             sock.close()
         super().close()
 
-    def _make_reader(
-        self, buffer: memoryview, offload: Offload, receiver: Receiver, _local: bytes
-    ) -> UdpReader:
+    def _make_reader(self, receiver: Receiver, _local: bytes) -> UdpReader:
         local_part = _LOCAL_PART[self._sock.family]
-        return UdpReader(self._sock, buffer, self._lost, offload, receiver, local_part=local_part)
+        return UdpReader(self._sock, self._shared, receiver, local_part=local_part)
 
     def _source(self, local: bytes) -> ControlMessage:
         """Return the control message that sets the source; the interface is the route's."""

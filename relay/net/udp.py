@@ -14,6 +14,7 @@ a burst that began and ended with the same source.
 import errno
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from relay.net.buffers import BufferSetter, log_buffers, set_buffers
@@ -48,6 +49,15 @@ SocketAddress = tuple[Any, ...]
 
 Lost = Callable[[str], None]
 """Takes what failed and why, such as ``send_enobufs``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What sockets have in common."""
+
+    buffer: memoryview  # where they read to
+    lost: Lost  # is told what the kernel did not take or give
+    offload: Offload
 
 
 class Receiver(Protocol):
@@ -166,21 +176,19 @@ class UdpReader:
     def __init__(
         self,
         sock: socket.socket,
-        buffer: memoryview,
-        lost: Lost,
-        offload: Offload,
+        shared: Shared,
         receiver: Receiver,
         *,
         local: bytes | None = None,
         local_part: slice | None = None,
     ) -> None:
-        """Read *sock* into *buffer*; report what the kernel fails to give to *lost*."""
+        """Read *sock*, which stays the caller's."""
         self._sock = sock
         self._recvfrom_into = sock.recvfrom_into
         self._recvmsg_into = sock.recvmsg_into
-        self._buffer = buffer
-        self._lost = lost
-        self._offload = offload
+        self._buffer = shared.buffer
+        self._lost = shared.lost
+        self._offload = shared.offload
         self._local = local
         self._local_part = local_part
         self._reads_segments = local_part is not None
@@ -274,20 +282,14 @@ class PortSocket:
     __slots__ = ("_lost", "_reactor", "_reader", "_segments", "_sock", "on_readable")
 
     def __init__(
-        self,
-        sock: socket.socket,
-        buffer: memoryview,
-        lost: Lost,
-        offload: Offload,
-        receiver: Receiver,
-        reactor: Reactor,
+        self, sock: socket.socket, shared: Shared, receiver: Receiver, reactor: Reactor
     ) -> None:
-        """Own *sock*, and have *reactor* read it; otherwise as :class:`UdpReader`."""
+        """Own *sock*, and have *reactor* read it."""
         self._sock = sock
-        self._lost = lost
-        self._segments = SegmentSender(sock, offload)
+        self._lost = shared.lost
+        self._segments = SegmentSender(sock, shared.offload)
         self._reactor = reactor
-        self._reader = UdpReader(sock, buffer, lost, offload, receiver)
+        self._reader = UdpReader(sock, shared, receiver)
         self.on_readable = self._reader.on_readable
         reactor.register(sock, self.on_readable)
 
@@ -303,20 +305,11 @@ class PortSocket:
 class PortOpener:
     """Opens ports at one address per family."""
 
-    def __init__(
-        self,
-        reactor: Reactor,
-        hosts: Mapping[int, str],
-        buffer: memoryview,
-        lost: Lost,
-        offload: Offload,
-    ) -> None:
+    def __init__(self, reactor: Reactor, hosts: Mapping[int, str], shared: Shared) -> None:
         """Take where to bind in each family, and what every :class:`PortSocket` needs."""
         self._reactor = reactor
         self._hosts = hosts
-        self._buffer = buffer
-        self._lost = lost
-        self._offload = offload
+        self._shared = shared
         self._buffers = BufferSetter()
         self._logged_buffers = False
 
@@ -327,7 +320,7 @@ class PortOpener:
         if not self._logged_buffers:  # by then privileges are dropped, so the first one tells
             self._logged_buffers = True
             log_buffers(sock, PORT_BUFFER, "each relay port")
-        return PortSocket(sock, self._buffer, self._lost, self._offload, receiver, self._reactor)
+        return PortSocket(sock, self._shared, receiver, self._reactor)
 
 
 def errno_name(error: OSError) -> str:
