@@ -34,6 +34,7 @@ class ClientSide:
         self._workspace = workspace
         self._buffer = workspace.buffer
         self._view = workspace.view
+        self._payloads = workspace.payloads
         self._sizes = workspace.counters.to_peer
         self._to_peer = to_peer
         self._ports = ports
@@ -46,7 +47,7 @@ class ClientSide:
             number, length = _unpack_from(self._buffer)
             peer = self._to_peer.get((client, number))
             if peer is not None and length + HEADER_SIZE <= size:
-                if peer.send(self._view[HEADER_SIZE : HEADER_SIZE + length]):
+                if peer.send(self._payloads[length]):
                     self._sizes[length] += 1
                 return
         self._on_other(size, client)

@@ -8,6 +8,7 @@ from relay.turn.channeldata import HEADER_SIZE
 from relay.turn.commands import Drop
 
 LARGEST_DATAGRAM: Final = 65535
+LARGEST_REMEMBERED: Final = 1500  # bytes, as many as an Ethernet frame carries
 
 Pieces = list[memoryview | bytes]
 """What datagrams are made of that are sent at once, in order."""
@@ -27,6 +28,24 @@ class Destination(Protocol):
         """
 
 
+class Prefixes(dict[int, memoryview]):
+    """The first bytes of a buffer: ``prefixes[size]`` are *size* of them.
+
+    Those of usual sizes are made once: to slice the buffer anew for each datagram is a sixteenth
+    of all the instructions that one costs outside the kernel.
+    """
+
+    def __init__(self, view: memoryview) -> None:
+        super().__init__()
+        self._view = view
+
+    def __missing__(self, size: int) -> memoryview:
+        prefix = self._view[:size]
+        if size <= LARGEST_REMEMBERED:
+            self[size] = prefix
+        return prefix
+
+
 class Workspace:
     """What all parts of the data path work with: one buffer, and the counters.
 
@@ -39,12 +58,10 @@ class Workspace:
         """Begin with an empty buffer."""
         self.buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
         self.view = memoryview(self.buffer)
+        self.for_peers = self.view[HEADER_SIZE:]  # where peers' datagrams are read to
+        self.framed = Prefixes(self.view)  # by size, with the header of ChannelData
+        self.payloads = Prefixes(self.for_peers)  # by size, without it
         self.counters = counters
-
-    @property
-    def for_peers(self) -> memoryview:
-        """Where peers' datagrams are read to."""
-        return self.view[HEADER_SIZE:]
 
     def drop(self, reason: Drop) -> None:
         """Count a datagram that is not relayed."""

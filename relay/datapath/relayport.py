@@ -36,12 +36,13 @@ class RelayPort:
     Peers are told apart by host and port, so one table does for both families.
     """
 
-    __slots__ = ("_buffer", "_sizes", "_view", "_workspace", "routes", "sockets")
+    __slots__ = ("_buffer", "_framed", "_sizes", "_view", "_workspace", "routes", "sockets")
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
         self._buffer = workspace.buffer
         self._view = workspace.view
+        self._framed = workspace.framed
         self._sizes = workspace.counters.to_client
         self.sockets: dict[Family, RelaySocket] = {}
         self.routes: dict[PeerAddress, ToClient] = {}  # Routes writes them
@@ -54,7 +55,7 @@ class RelayPort:
             return
         number, client = route
         _pack_into(self._buffer, 0, number, size)
-        if client.send(self._view[: HEADER_SIZE + size]):
+        if client.send(self._framed[HEADER_SIZE + size]):
             self._sizes[size] += 1
 
     def on_segments(self, size: int, segment: int, peer: PeerAddress) -> int:
