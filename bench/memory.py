@@ -14,7 +14,8 @@ import tracemalloc
 from typing import Final
 
 from relay.datapath.datapath import DataPath
-from relay.datapath.destination import Pieces, Workspace
+from relay.datapath.destination import Pieces
+from relay.datapath.workspace import Workspace
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
 from relay.net.udp import PortOpener, Shared

@@ -12,7 +12,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from relay.datapath.datapath import DataPath
-from relay.datapath.destination import Pieces, Workspace
+from relay.datapath.destination import Pieces
+from relay.datapath.workspace import Workspace
 from relay.net.udp import Receiver
 from relay.observe.counters import Counters
 from relay.stun.attributes import Attr

@@ -42,7 +42,7 @@ def test_read_single_datagrams(
 ) -> None:
     sock = ends.opens(kind, offload=False)
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        sock.on_readable, setup=partial(ends.sends, COUNT, size), **ROUNDS
+        sock.reader.on_readable, setup=partial(ends.sends, COUNT, size), **ROUNDS
     )
     assert ends.reads == {1}
 
@@ -53,10 +53,10 @@ def test_read_segments(benchmark: BenchmarkFixture, ends: "Ends", kind: str, siz
     """One read, and another one to see that there is no more."""
     sock = ends.opens(kind)
     ends.sends(COUNT, size)  # GRO is off before a burst
-    sock.on_readable()
+    sock.reader.on_readable()
     ends.reads.clear()
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        sock.on_readable, setup=partial(ends.sends_segments, COUNT, size), **ROUNDS
+        sock.reader.on_readable, setup=partial(ends.sends_segments, COUNT, size), **ROUNDS
     )
     assert ends.reads == {COUNT}
 

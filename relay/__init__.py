@@ -15,7 +15,7 @@
 =============  ================================================================
 
 *Pure* means: bytes, time and randomness are handed in, commands come out; no
-socket, clock, thread, file or dice. Imports point down only::
+socket, clock, thread, file or randomness of its own. Imports point down only::
 
     cli ─► daemon ─► assembly ─► datapath ─► turn ─► stun
      │        │         │            ├─► net.udp  (how datagrams are received and sent)

@@ -1,4 +1,4 @@
-"""From a ``Config`` to the parts of a relay, connected. What they then do is not decided here."""
+"""From a ``Config`` to the parts of a relay, connected."""
 
 import errno
 import logging
@@ -8,14 +8,15 @@ import random
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
 from relay.config.model import Config, ConfigError
 from relay.datapath.clientside import NotServing
 from relay.datapath.datapath import DataPath
-from relay.datapath.destination import Destination, Workspace
+from relay.datapath.destination import Destination
+from relay.datapath.workspace import Workspace
 from relay.host import systemd
 from relay.host.inherited import inherited_listeners
 from relay.host.limits import raise_descriptor_limit
@@ -42,6 +43,7 @@ from relay.turn.server import Server
 from relay.turn.settings import Settings
 from relay.version import __version__
 
+# What is said here is said once, at start, and must not fall under the rate limit of the log.
 logger = logging.getLogger("relay.daemon")
 
 SPARE_DESCRIPTORS: Final = 32  # for everything but relay ports and HTTP
@@ -76,7 +78,7 @@ class Parts:
     health: HealthServer | None
     portal: PortalClient | None
     max_sockets: int  # for relay ports: what the limit of open files leaves
-    secret: str  # of which credentials are made
+    secret: str = field(repr=False)  # of which credentials are made
     salt: str  # for the credential that is made at start
 
     def close(self) -> None:
@@ -120,7 +122,7 @@ def assemble(config: Config, on_portal_event: Callable[[PortalEvent], None]) -> 
     _check_descriptors(config, max_sockets, descriptors)
     relay_hosts = {int(family): _relay_host(config, family) for family in config.public_hosts}
     for_ports = Shared(workspace.for_peers, counters.lost, offload)
-    opener = PortOpener(reactor, relay_hosts, for_ports)
+    opener = PortOpener(reactor, relay_hosts, for_ports, "each relay port")
     datapath = DataPath(
         server,
         workspace,
@@ -204,12 +206,10 @@ def _listeners(
     Until somebody else is to receive what they read, all of that is dropped.
     """
     try:
-        handed_over = {
-            family_of(sock.getsockname()[0]): sock
-            for sock in inherited_listeners(config.listen_port).values()
-        }
+        inherited = inherited_listeners(config.listen_port)
     except systemd.ActivationError as error:
         raise ConfigError(f"systemd: {error}") from error
+    handed_over = {family_of(sock.getsockname()[0]): sock for sock in inherited}
     shared = Shared(workspace.view, workspace.counters.lost, offload)
     receiver = NotServing(workspace)
     listeners: dict[Family, ListeningSocket] = {}

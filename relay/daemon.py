@@ -84,7 +84,7 @@ class Daemon:
             parts.portal.stop()  # it must not send us anyone new
             parts.monitor.portal_connected = False
         parts.server.drain()
-        parts.datapath.ports.on_last_closed = self.reactor.stop
+        parts.datapath.when_empty(self.reactor.stop)
         self.reactor.call_later(timeout, self.reactor.stop)
         logger.info(
             "draining: %d allocations left, at most %d s", parts.server.allocations, timeout
@@ -155,7 +155,7 @@ class Daemon:
             logs.configure(config.log_format, config.log_levels)
         self._parts.server.change_settings(settings_of(config, self._parts.max_sockets))
         # Whatever has changed: the addresses of this host, which it protects, may be others now.
-        self._parts.datapath.control.change_peer_policy(peer_policy_of(config))
+        self._parts.datapath.change_peer_policy(peer_policy_of(config))
 
     def _on_portal_event(self, event: PortalEvent) -> None:
         monitor = self._parts.monitor

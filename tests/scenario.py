@@ -1,6 +1,6 @@
 """The vocabulary of the scenarios: clients, peers, and time that the test lets pass.
 
-A :class:`Scenario` is the real server and the real forwarder between sockets that only
+A :class:`Scenario` is the real server and the real data path between sockets that only
 remember what was sent. A test reads like a sequence diagram::
 
     alice = relay.client("192.0.2.10:5000").allocates()
@@ -20,7 +20,8 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from relay.datapath.datapath import DataPath
-from relay.datapath.destination import Pieces, Workspace
+from relay.datapath.destination import Pieces
+from relay.datapath.workspace import Workspace
 from relay.net.udp import Receiver
 from relay.observe.counters import Counters
 from relay.stun import integrity
@@ -34,7 +35,6 @@ from relay.turn.commands import ClientAddress, PeerAddress
 from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server
 from relay.turn.settings import Settings
-from relay.turn.timerwheel import TimerWheel
 
 T = TypeVar("T")
 
@@ -368,20 +368,20 @@ class Time:
     def __init__(self) -> None:
         self.now = START
         self.clock: Callable[[], float] = lambda: self.now
-        self._timers: TimerWheel[Callable[[], None]] = TimerWheel(START)
+        self._deadlines: dict[Callable[[], None], float] = {}
 
     def call_at(self, deadline: float, callback: Callable[[], None]) -> None:
-        self._timers.schedule(callback, deadline)
+        self._deadlines[callback] = deadline
 
     def cancel(self, callback: Callable[[], None]) -> None:
-        self._timers.cancel(callback)
+        self._deadlines.pop(callback, None)
 
     def passes(self, seconds: float) -> None:
         end = self.now + seconds
-        while (deadline := self._timers.next_deadline) is not None and deadline <= end:
-            self.now = max(self.now, deadline)
-            for callback in self._timers.advance(self.now):
-                callback()
+        while self._deadlines and min(self._deadlines.values()) <= end:
+            callback = min(self._deadlines, key=self._deadlines.__getitem__)
+            self.now = max(self.now, self._deadlines.pop(callback))
+            callback()
         self.now = end
 
 

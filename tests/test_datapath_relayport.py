@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from relay.datapath.destination import Workspace
 from relay.datapath.relayport import RelayPorts
+from relay.datapath.workspace import Workspace
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
 from relay.net.udp import PortOpener, Shared
@@ -41,10 +41,11 @@ def test_nothing_of_a_port_is_left_to_the_garbage_collector(
     gc.collect()
     gc.disable()
     try:
-        ports.open(number, BOTH)
-        ports.close(number)
-        reactor.close_retired()
-        assert gc.collect() == 0
+        for _ in range(100):
+            ports.open(number, BOTH)
+            ports.close(number)
+            reactor.close_retired()
+        assert gc.collect() < 100  # of all that there is in this process
     finally:
         gc.enable()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from relay.net.buffers import BufferSetter, log_buffers, set_buffers
+from relay.net.buffers import BufferGiver, log_buffers, set_buffers
 from relay.net.listening import LISTEN_BUFFER
 from relay.net.udp import PORT_BUFFER
 from tests.process import RelayProcess, free_port
@@ -43,38 +43,66 @@ def test_a_queue_that_is_long_enough_is_left_alone() -> None:
 
 
 class Kernel:
-    """Stands in for a socket of a kernel that may refuse to exceed its limits."""
+    """Stands in for a new socket of a kernel that may refuse to exceed its limits."""
 
-    def __init__(self, *, forces: bool) -> None:
+    def __init__(self, *, forces: bool, default: int = 0) -> None:
         self._forces = forces
-        self.calls: list[tuple[int, int]] = []
+        self._default = default
+        self.asked: list[tuple[int, int]] = []
+        self.looks = 0
 
     def setsockopt(self, _level: int, option: int, value: int) -> None:
-        self.calls.append((option, value))
-        if option in {32, 33} and not self._forces:  # SO_SNDBUFFORCE, SO_RCVBUFFORCE
+        self.asked.append((option, value))
+        if option in {RCVBUFFORCE, SNDBUFFORCE} and not self._forces:
             raise PermissionError(errno.EPERM, "not permitted")
 
     def getsockopt(self, *_: int) -> int:
-        raise AssertionError("a question that changes nothing")
+        self.looks += 1
+        return 2 * self._default
 
 
-def test_what_the_kernel_once_refused_it_is_not_asked_again() -> None:
-    """Privileges do not come back, and each allocation would cost another system call."""
-    setter = BufferSetter()
-    sockets: list[Any] = [Kernel(forces=False) for _ in range(3)]
+RCVBUFFORCE, SNDBUFFORCE = 33, 32
+
+
+@pytest.mark.parametrize(
+    ("kernel", "first", "later"),
+    [
+        pytest.param(
+            {"forces": False},
+            [RCVBUFFORCE, socket.SO_RCVBUF, SNDBUFFORCE, socket.SO_SNDBUF],
+            [socket.SO_RCVBUF, socket.SO_SNDBUF],
+            id="without privileges",
+        ),
+        pytest.param(
+            {"forces": True},
+            [RCVBUFFORCE, SNDBUFFORCE],
+            [RCVBUFFORCE, SNDBUFFORCE],
+            id="with privileges",
+        ),
+        pytest.param({"forces": False, "default": SIZE}, [], [], id="long enough by default"),
+    ],
+)
+def test_what_the_first_socket_tells_is_not_asked_again(
+    kernel: dict[str, Any], first: list[int], later: list[int]
+) -> None:
+    """Each allocation would pay for the question."""
+    giver, sockets = BufferGiver(), [Kernel(**kernel) for _ in range(3)]
     for sock in sockets:
-        setter.set(sock, SIZE)
+        new: Any = sock
+        giver.give(new, SIZE)
 
-    plain = [(socket.SO_RCVBUF, SIZE), (socket.SO_SNDBUF, SIZE)]
-    assert [sock.calls for sock in sockets] == [[(33, SIZE), *plain], plain, plain]
+    assert [[option for option, _ in sock.asked] for sock in sockets] == [first, later, later]
+    assert all(size == SIZE for sock in sockets for _, size in sock.asked)
+    assert [sock.looks for sock in sockets] == [2, 0, 0]
 
 
-def test_where_limits_may_be_exceeded_they_are() -> None:
-    setter, sock = BufferSetter(), Kernel(forces=True)
-    kernel: Any = sock
-    setter.set(kernel, SIZE)
-
-    assert sock.calls == [(33, SIZE), (32, SIZE)]
+def test_no_queue_is_made_shorter() -> None:
+    giver = BufferGiver()
+    for _ in range(2):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            giver.give(sock, before // 4)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == before
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class Receiver:
     def reads_once(self) -> list[int]:
         """Return how many datagrams each read held."""
         self.reads = []
-        self.under_test.on_readable()
+        self.under_test.reader.on_readable()
         return self.reads
 
     def takes_all(self) -> list[int]:

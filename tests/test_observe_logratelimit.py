@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from relay.observe.logratelimit import BURST, BURST_OF_ALL, INTERVAL, MOST_KINDS, LogRateLimit
+from relay.observe.logratelimit import BURST, BURST_OF_ALL, INTERVAL, MAX_KINDS, LogRateLimit
 
 DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
 
@@ -192,11 +192,11 @@ def test_a_flood_from_ever_new_clients_takes_no_memory() -> None:
 def test_a_flood_of_ever_new_messages_takes_no_memory_and_is_limited() -> None:
     """As from a library that puts its text together before it logs it."""
     limited = Limited()
-    for n in range(MOST_KINDS * 3):
+    for n in range(MAX_KINDS * 3):
         limited.warns(f"message {n}: %s", "hello")
 
-    assert len(limited.limit._kinds) <= MOST_KINDS + 1
-    assert len(limited.taken()) == MOST_KINDS + BURST
+    assert len(limited.limit._kinds) <= MAX_KINDS + 1
+    assert len(limited.taken()) == MAX_KINDS + BURST
 
 
 # --- Helpers ---------------------------------------------------------------------------------

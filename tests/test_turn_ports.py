@@ -7,6 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from relay.stun.attributes import Attr
+from relay.stun.const import UDP_PROTOCOL, Family, Method
 from relay.turn.ports import SET_ASIDE_FOR, FreePorts
 from tests.scenario import Scenario
 
@@ -32,18 +34,36 @@ def test_each_port_is_drawn_with_the_same_probability() -> None:
 
 
 def test_what_another_process_holds_is_not_drawn_for_a_while() -> None:
-    free = FreePorts(range(50000, 50001), EXCLUDED, lambda _: 0)
-    assert free.take(100.0) == 50000
-    free.set_aside(50000, 100.0)
+    free = FreePorts(range(50000, 50002), EXCLUDED, lambda _: 0)
+    first, second = free.take(100.0), free.take(100.0)
+    assert first is not None
+    assert second is not None
+    free.set_aside(first, 100.0)
+    free.give_back(second)
 
-    assert free.take(100.0 + SET_ASIDE_FOR - 0.001) is None
-    assert free.take(100.0 + SET_ASIDE_FOR) == 50000
+    for _ in range(10):
+        assert free.take(100.0 + SET_ASIDE_FOR - 0.001) == second
+        free.give_back(second)
+    free.take(100.0 + SET_ASIDE_FOR)
+    assert free.take(100.0 + SET_ASIDE_FOR) is not None
+
+
+def test_where_no_other_port_is_free_it_is_tried_again_once_per_allocate() -> None:
+    relay = Scenario(ports=range(50000, 50003))
+    relay.network.occupied = {(Family.IPV4, port) for port in range(50000, 50003)}
+    alice = relay.client("192.0.2.10:5000")
+    for number in (1, 2):
+        assert alice.asks(Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL)).code == 508
+        assert len(relay.network.tried) == 3 * number
+
+    relay.network.occupied.remove((Family.IPV4, 50001))
+    assert alice.allocates().relayed_address[1] == 50001
 
 
 def test_what_one_allocate_has_found_out_costs_the_next_nothing() -> None:
     """Nor does a range that is nearly full: each Allocate tries just one port."""
     relay = Scenario(ports=range(50000, 50020))
-    relay.network.occupied = {(family, port) for family in (1, 2) for port in range(50000, 50010)}  # type: ignore[misc]
+    relay.network.occupied = {(Family.IPV4, port) for port in range(50000, 50010)}
     relay.client("192.0.2.10:1").allocates()
     tries = len(relay.network.tried)
     # By then all that are held may have been found, one Allocate after the other.
@@ -70,10 +90,14 @@ class Ports(RuleBasedStateMachine):
         port = self.free.take(self.now)
         self.aside = {p: until for p, until in self.aside.items() if until > self.now}
         if port is None:
+            assert set(self.taken) == AVAILABLE
+            return
+        assert port in AVAILABLE - set(self.taken)
+        if port in self.aside:  # the first that was set aside, as no other is free
             assert {*self.taken, *self.aside} == AVAILABLE
-        else:
-            assert port in AVAILABLE - {*self.taken, *self.aside}
-            self.taken.append(port)
+            assert self.aside[port] == min(self.aside.values())
+            del self.aside[port]
+        self.taken.append(port)
 
     @precondition(lambda self: self.taken)
     @rule(data=st.data())

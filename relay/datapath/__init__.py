@@ -6,7 +6,8 @@
 ``routes``            which channel leads where; written by two commands only
 ``hairpin``           from one allocation of this relay to another, inside the process
 ``control``           drives the server: requests and time go in, commands are carried out
-``destination``       how somebody is reached, and the buffer that everything lies in
+``destination``       how somebody is reached
+``workspace``         the buffer that every datagram lies in, and the counters
 ``datapath``          all of these, put together
 ====================  ===================================================================
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Final
 
-from relay.datapath.destination import Destination, Pieces, Workspace
+from relay.datapath.destination import Destination, Pieces
 from relay.datapath.relayport import RelayPorts
+from relay.datapath.workspace import Workspace
 from relay.turn.channeldata import HEADER, HEADER_SIZE, parse
 from relay.turn.commands import ClientAddress, Drop
 

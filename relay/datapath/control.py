@@ -23,8 +23,8 @@ from relay.turn.server import Server
 
 logger = logging.getLogger("relay.datapath")
 
-# Ports below 1024 take a privilege, which is given up before any is opened.
-_ANOTHER_MAY_DO: Final = frozenset({errno.EADDRINUSE, errno.EACCES})
+# EACCES is a port below 1024: they take a privilege, which is given up before any is opened.
+_TRY_ANOTHER_PORT: Final = frozenset({errno.EADDRINUSE, errno.EACCES})
 
 
 class Timers(Protocol):
@@ -107,10 +107,13 @@ class Control:
         try:
             self._ports.open(number, families)
         except OSError as error:
-            another_may_do = error.errno in _ANOTHER_MAY_DO
-            failure = PortFailure.IN_USE if another_may_do else PortFailure.REFUSED
+            in_use = error.errno in _TRY_ANOTHER_PORT
             if error.errno != errno.EADDRINUSE:
                 logger.warning("cannot open relay port %d: %s", number, error.strerror)
+            failure = PortFailure.IN_USE if in_use else PortFailure.REFUSED
             self._server.handle_port_failed(number, failure)
+        except BaseException:  # a bug, which must not leave the server waiting for its answer
+            self._server.handle_port_failed(number, PortFailure.REFUSED)
+            raise
         else:
             self._server.handle_port_opened(number, now=self._timers.clock())

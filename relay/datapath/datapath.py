@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 
 from relay.datapath.clientside import ClientSide
 from relay.datapath.control import Control, Timers
-from relay.datapath.destination import Workspace
 from relay.datapath.relayport import OpenSocket, RelayPorts
 from relay.datapath.routes import ReachClient, Routes
+from relay.datapath.workspace import Workspace
 from relay.stun.const import Family
+from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server
 
 
@@ -38,6 +39,14 @@ class DataPath:
         self.clients = ClientSide(
             workspace, self.routes.to_peer, self.ports, self.control.on_request, channel_numbers
         )
+
+    def change_peer_policy(self, peer_policy: PeerPolicy) -> None:
+        """Go on with other rules; channels that they forbid relay nothing from here on."""
+        self.control.change_peer_policy(peer_policy)
+
+    def when_empty(self, callback: Callable[[], None]) -> None:
+        """Call *callback* when the last relay port is closed."""
+        self.ports.on_last_closed = callback
 
     def close(self) -> None:
         """Close every relay port."""

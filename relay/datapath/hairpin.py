@@ -3,8 +3,9 @@
 No kernel, NAT or hairpin of a router is needed for that.
 """
 
-from relay.datapath.destination import Destination, Pieces, Workspace
+from relay.datapath.destination import Destination, Pieces
 from relay.datapath.relayport import RelayPorts
+from relay.datapath.workspace import Workspace
 from relay.turn.commands import Drop, PeerAddress
 
 
@@ -26,10 +27,7 @@ class Hairpin:
         relayed_address: PeerAddress,
         outside: Destination | None,
     ) -> None:
-        """Send from *relayed_address* to *peer*; *outside* is the way there by the kernel.
-
-        What is sent lies in the buffer where a peer's datagram would lie.
-        """
+        """Send from *relayed_address* to *peer*; *outside* is the way there by the kernel."""
         self._workspace = workspace
         self._ports = ports
         self._peer = peer
@@ -40,7 +38,7 @@ class Hairpin:
         """Hand a datagram to the other allocation; see :meth:`Destination.send`."""
         port = self._ports.at(self._peer)
         if port is not None:
-            port.on_datagram(len(datagram), self._relayed_address)
+            port.relay(datagram, self._relayed_address)
             return True
         if self._outside is not None:
             return self._outside.send(datagram)
@@ -51,5 +49,7 @@ class Hairpin:
         """Do the same with many; what is not relayed of them is left to be sent one by one."""
         port = self._ports.at(self._peer)
         if port is not None:
+            if each > 1:
+                pieces = [b"".join(pieces[at : at + each]) for at in range(0, len(pieces), each)]
             return port.relay_many(pieces, size, self._relayed_address)
         return 0 if self._outside is None else self._outside.send_many(pieces, each, size)

@@ -1,9 +1,10 @@
 """Relay ports: what peers send to one goes to the client whose allocation it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from relay.datapath.destination import Destination, Pieces, Workspace
+from relay.datapath.destination import Destination, Pieces
+from relay.datapath.workspace import Workspace
 from relay.net.udp import Receiver
 from relay.stun.address import Address, family_of
 from relay.stun.const import Family
@@ -11,9 +12,6 @@ from relay.turn.channeldata import HEADER, HEADER_SIZE
 from relay.turn.commands import Drop, PeerAddress
 
 _pack, _pack_into = HEADER.pack, HEADER.pack_into
-
-ToClient = tuple[int, Destination]
-"""A route to a client: the channel number for the header, and how it is reached."""
 
 
 class RelaySocket(Protocol):
@@ -36,26 +34,53 @@ class RelayPort:
     Peers are told apart by host and port, so one table does for both families.
     """
 
-    __slots__ = ("_buffer", "_framed", "_sizes", "_view", "_workspace", "routes", "sockets")
+    __slots__ = ("_buffer", "_client", "_framed", "_routes", "_sizes", "_sockets", "_workspace")
 
     def __init__(self, workspace: Workspace) -> None:
+        """Begin without a socket."""
         self._workspace = workspace
         self._buffer = workspace.buffer
-        self._view = workspace.view
         self._framed = workspace.framed
         self._sizes = workspace.counters.to_client
-        self.sockets: dict[Family, RelaySocket] = {}
-        self.routes: dict[PeerAddress, ToClient] = {}  # Routes writes them
+        self._sockets: dict[Family, RelaySocket] = {}
+        self._routes: dict[PeerAddress, int] = {}  # the client's channel number for each peer
+        self._client: Destination  # there is one once there is a route: the same for all of them
+
+    def open(self, open_socket: OpenSocket, number: int, families: Iterable[Family]) -> None:
+        """Bind the port in each family, all or none. Raises OSError."""
+        try:
+            for family in families:
+                self._sockets[family] = open_socket(family, number, self)
+        except BaseException:
+            self.close()
+            raise
+
+    def is_open_in(self, family: Family) -> bool:
+        """Tell if the port is bound in a family."""
+        return family in self._sockets
+
+    def reach(self, peer: PeerAddress) -> Destination:
+        """Return how to send to a peer from here."""
+        return self._sockets[family_of(peer[0])].reach(peer)
+
+    def bind(self, peer: PeerAddress, number: int, reach_client: Callable[[], Destination]) -> None:
+        """Relay what *peer* sends to the client, as that *number*'s ChannelData."""
+        if not self._routes:
+            self._client = reach_client()
+        self._routes[peer] = number
+
+    def unbind(self, peer: PeerAddress) -> None:
+        """Relay nothing from *peer* any more."""
+        del self._routes[peer]
 
     def on_datagram(self, size: int, peer: PeerAddress) -> None:
         """Relay a datagram whose *size* bytes lie in the buffer, behind room for the header."""
-        route = self.routes.get(peer)
-        if route is None:
+        number = self._routes.get(peer)
+        if number is None:
             self._workspace.drop(Drop.UNBOUND_PEER)
             return
-        number, client = route
         _pack_into(self._buffer, 0, number, size)
-        if client.send(self._framed[HEADER_SIZE + size]):
+        if self._client.send(self._framed[HEADER_SIZE + size]):
             self._sizes[size] += 1
 
     def on_segments(self, size: int, segment: int, peer: PeerAddress) -> int:
@@ -64,41 +89,41 @@ class RelayPort:
         Each is of *segment* bytes; the last may be shorter. Returns how many of them had to be
         handled singly.
         """
-        all_of_it = self._view[HEADER_SIZE : HEADER_SIZE + size]
+        all_of_it = self._workspace.for_peers[:size]
         payloads: Pieces = [all_of_it[at : at + segment] for at in range(0, size, segment)]
         relayed = self.relay_many(payloads, segment, peer)
         for payload in payloads[relayed:]:
-            self._view[HEADER_SIZE : HEADER_SIZE + len(payload)] = payload
-            self.on_datagram(len(payload), peer)
+            self.relay(payload, peer)
         return len(payloads) - relayed
+
+    def relay(self, payload: memoryview | bytes, peer: PeerAddress) -> None:
+        """Relay a payload that may lie anywhere."""
+        size = len(payload)
+        self._workspace.for_peers[:size] = payload
+        self.on_datagram(size, peer)
 
     def relay_many(self, payloads: Pieces, size: int, peer: PeerAddress) -> int:
         """Relay payloads of *size* bytes at once; the last may be shorter, none is empty.
 
         Returns how many were relayed, from the first on.
         """
-        route = self.routes.get(peer)
-        if route is None:
+        number = self._routes.get(peer)
+        if number is None:
             return 0
-        number, client = route
         pieces: Pieces = [_pack(number, size)] * (2 * len(payloads))
         pieces[1::2] = payloads
         pieces[-2] = _pack(number, len(payloads[-1]))
-        sent = client.send_many(pieces, 2, HEADER_SIZE + size)
+        sent = self._client.send_many(pieces, 2, HEADER_SIZE + size)
         self._workspace.count_many(self._sizes, sent, payloads, size)
         return sent
 
-    def reach(self, peer: PeerAddress) -> Destination:
-        """Return how to send to a peer from here."""
-        return self.sockets[family_of(peer[0])].reach(peer)
-
     def close(self) -> None:
         """Give up the port in every family."""
-        for sock in self.sockets.values():
+        for sock in self._sockets.values():
             sock.close()
-        # Each of them holds what it hands datagrams to, which is this: a cycle, which would be
-        # left to the garbage collector.
-        self.sockets.clear()
+        # A socket refers to this port, its receiver: as a cycle, both would stay until the
+        # garbage collector runs.
+        self._sockets.clear()
 
 
 class RelayPorts:
@@ -123,21 +148,16 @@ class RelayPorts:
     def at(self, address: Address) -> RelayPort | None:
         """Return the port of that number, if it is open in the family of *address*."""
         port = self._ports.get(address[1])
-        return port if port is not None and family_of(address[0]) in port.sockets else None
+        return port if port is not None and port.is_open_in(family_of(address[0])) else None
 
     def is_source(self, address: Address) -> bool:
         """Tell if what comes from *address* was sent by one of these ports."""
         return self.at(address) is not None and self._is_relay_host(address[0])
 
-    def open(self, number: int, families: tuple[Family, ...]) -> None:
+    def open(self, number: int, families: Iterable[Family]) -> None:
         """Bind a port in each family, all or none. Raises OSError."""
         port = RelayPort(self._workspace)
-        try:
-            for family in families:
-                port.sockets[family] = self._open_socket(family, number, port)
-        except OSError:
-            port.close()
-            raise
+        port.open(self._open_socket, number, families)
         self._ports[number] = port
 
     def close(self, number: int) -> None:

@@ -5,11 +5,13 @@ them (a program in the kernel, say) is told of each change in the same place.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
-from relay.datapath.destination import Destination, Workspace
+from relay.datapath.destination import Destination
 from relay.datapath.hairpin import Hairpin
 from relay.datapath.relayport import RelayPorts
+from relay.datapath.workspace import Workspace
 from relay.stun.address import family_of
 from relay.stun.const import Family
 from relay.turn.commands import BindChannel, ClientAddress, PeerAddress, UnbindChannel
@@ -32,7 +34,7 @@ class Routes:
     """The one table of what is relayed, kept where each direction looks it up.
 
     From a client it is found by (client, channel number), in :attr:`to_peer`; from a peer by its
-    address, in the :attr:`~relay.datapath.relayport.RelayPort.routes` of the port.
+    address, in the relay port.
     """
 
     def __init__(
@@ -54,8 +56,8 @@ class Routes:
 
     def bind(self, bind: BindChannel) -> None:
         """Relay between a client's channel and a peer, both ways."""
-        routes = self._ports[bind.port].routes
-        routes[bind.peer] = (bind.number, self._reach_client(bind.client))
+        reach_client = partial(self._reach_client, bind.client)
+        self._ports[bind.port].bind(bind.peer, bind.number, reach_client)
         self.to_peer[bind.client, bind.number] = self._reach_peer(bind)
         for watcher in self.watchers:
             watcher.bound(bind)
@@ -65,10 +67,13 @@ class Routes:
         for watcher in self.watchers:
             watcher.unbinding(unbind)
         del self.to_peer[unbind.client, unbind.number]
-        del self._ports[unbind.port].routes[unbind.peer]
+        self._ports[unbind.port].unbind(unbind.peer)
 
     def clear(self) -> None:
-        """Forget the routes from clients; those to clients go with their ports."""
+        """Forget the routes from clients, at the end; those to clients go with their ports.
+
+        Watchers are told nothing: they end at the same time.
+        """
         self.to_peer.clear()
 
     def _reach_peer(self, bind: BindChannel) -> Destination:

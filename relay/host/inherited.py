@@ -15,8 +15,8 @@ _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _KINDS: Final = {socket.SOCK_DGRAM: "UDP", socket.SOCK_STREAM: "TCP"}
 
 
-def inherited_listeners(port: int) -> dict[int, socket.socket]:
-    """Return the UDP sockets for *port* that were handed over, by ``AF_INET`` and ``AF_INET6``.
+def inherited_listeners(port: int) -> list[socket.socket]:
+    """Return the UDP sockets for *port* that were handed over, at most one for each family.
 
     They are the caller's to close; what else was handed over is closed. Raises
     :class:`~relay.host.systemd.ActivationError`.
@@ -29,13 +29,16 @@ def inherited_listeners(port: int) -> dict[int, socket.socket]:
             found[sock.family] = sock
         else:  # the name or port of another, or one address too many of a family
             _leave_out(sock, name)
-    return found
+    return list(found.values())
 
 
 def _leave_out(sock: socket.socket, name: str) -> None:
     kind, address = _KINDS.get(sock.type, "other"), sock.getsockname()
-    where = "a socket"
-    if isinstance(address, tuple):
-        where = f"{'[{}]' if sock.family == socket.AF_INET6 else '{}'}:{{}}".format(*address[:2])
+    if sock.family == socket.AF_INET6:
+        where = "[{}]:{}".format(*address[:2])
+    elif sock.family == socket.AF_INET:
+        where = "{}:{}".format(*address)
+    else:
+        where = "a socket"
     logger.warning("not used: %s (%s), handed over by systemd as %r", where, kind, name)
     sock.close()

@@ -10,7 +10,7 @@ SHORTEST_WATCHDOG_INTERVAL: Final = 0.05  # seconds between two messages for the
 GRACE: Final = 30.0  # seconds that systemd is asked for beyond what something should take
 
 
-class Timers(Protocol):
+class Scheduler(Protocol):
     """The part of the reactor that this needs."""
 
     def call_later(self, delay: float, callback: Callable[[], None], /) -> None:
@@ -24,13 +24,13 @@ class Supervision:
         self,
         notifier: Notifier,
         watchdog: float | None,
-        timers: Timers,
+        scheduler: Scheduler,
         status_line: Callable[[], str],
     ) -> None:
         """*watchdog* is how often systemd wants to hear from us, in seconds, or None."""
         self._notifier = notifier
         self._watchdog = watchdog
-        self._timers = timers
+        self._scheduler = scheduler
         self._status_line = status_line
         self._is_ready = False
 
@@ -66,18 +66,18 @@ class Supervision:
         self._notifier.extend_timeout(seconds + GRACE)
 
     def close(self) -> None:
-        """Tell nothing any more."""
+        """Close the socket to systemd; later messages are dropped."""
         self._notifier.close()
 
     def _tell_status(self) -> None:
         if not self._is_ready:  # that the portal is away is no reason to start us anew
             self.will_take(STATUS_INTERVAL)
         self._notifier.status(self._status_line())
-        self._timers.call_later(STATUS_INTERVAL, self._tell_status)
+        self._scheduler.call_later(STATUS_INTERVAL, self._tell_status)
 
     def _feed_watchdog(self) -> None:
         """Tell systemd that the loop runs. Nobody else may: a stuck one is to be restarted."""
         assert self._watchdog is not None
         self._notifier.watchdog()
         interval = max(self._watchdog / 3, SHORTEST_WATCHDOG_INTERVAL)
-        self._timers.call_later(interval, self._feed_watchdog)
+        self._scheduler.call_later(interval, self._feed_watchdog)

@@ -6,7 +6,6 @@ net.core.wmem_max, about 200 KiB unless someone raised it; CAP_NET_ADMIN gets pa
 
 import logging
 import socket
-from contextlib import suppress
 from typing import Final
 
 logger = logging.getLogger("relay.net.buffers")
@@ -24,33 +23,33 @@ _DIRECTIONS: Final = (
 def set_buffers(sock: socket.socket, size: int) -> None:
     """Ask for queues of *size* bytes: past the system's limit if we may, else up to it.
 
-    What is that long already stays so: systemd may have asked for it, and may do more than we.
+    What is that long already stays so: systemd may have asked for it, with more privileges.
     """
     for plain, forced, _ in _DIRECTIONS:
-        if _actual(sock, plain) >= size:
-            continue
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, forced, size)
-        except PermissionError:
-            sock.setsockopt(socket.SOL_SOCKET, plain, size)
+        _set_buffer(sock, plain, forced, size)
 
 
-class BufferSetter:
-    """Gives many new sockets their queues, with as few system calls as that takes."""
+class BufferGiver:
+    """Gives many new sockets their queues, with as few system calls as that takes.
+
+    What has to be asked for is found out with the first of them: privileges do not come back,
+    and the system's default is the same for all.
+    """
 
     def __init__(self) -> None:
-        self._may_force = True  # until the system says no: privileges do not come back
+        self._options: list[int] | None = None
 
-    def set(self, sock: socket.socket, size: int) -> None:
+    def give(self, sock: socket.socket, size: int) -> None:
         """Ask for queues of *size* bytes for a socket that was just made."""
-        if self._may_force:
-            with suppress(PermissionError):
-                for _, forced, _ in _DIRECTIONS:
-                    sock.setsockopt(socket.SOL_SOCKET, forced, size)
-                return
-            self._may_force = False
-        for plain, _, _ in _DIRECTIONS:
-            sock.setsockopt(socket.SOL_SOCKET, plain, size)
+        if self._options is None:
+            self._options = [
+                option
+                for plain, forced, _ in _DIRECTIONS
+                if (option := _set_buffer(sock, plain, forced, size)) is not None
+            ]
+        else:
+            for option in self._options:
+                sock.setsockopt(socket.SOL_SOCKET, option, size)
 
 
 def log_buffers(sock: socket.socket, size: int, whose: str) -> None:
@@ -70,6 +69,18 @@ def log_buffers(sock: socket.socket, size: int, whose: str) -> None:
             size,
             " ".join(limits),
         )
+
+
+def _set_buffer(sock: socket.socket, plain: int, forced: int, size: int) -> int | None:
+    """Make one queue *size* bytes long; return the option that did it, None if none had to."""
+    if _actual(sock, plain) >= size:
+        return None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, forced, size)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, plain, size)
+        return plain
+    return forced
 
 
 def _actual(sock: socket.socket, plain: int) -> int:

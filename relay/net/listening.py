@@ -97,12 +97,12 @@ class ListeningSocket:
         self._sock = sock
         self._shared = shared
         self._segments = SegmentSender(sock, shared.offload)
-        self._reader = self._make_reader(receiver, local)
+        self.reader = self._make_reader(receiver, local)
         if shared.offload.has_gro(sock):
-            self._reader.expect_segments()
+            self.reader.expect_segments()
         self.address: SocketAddress = sock.getsockname()
         self.sockets: list[ListeningSocket] = [self]  # what there is to read
-        self.on_readable = self._reader.on_readable
+        self.on_readable = self.reader.on_readable
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -114,7 +114,7 @@ class ListeningSocket:
 
     def hand_to(self, receiver: Receiver) -> None:
         """Have *receiver* take what is read from here on."""
-        self._reader.hand_to(receiver)
+        self.reader.hand_to(receiver)
 
     def close(self) -> None:
         """Give the port back to the system."""

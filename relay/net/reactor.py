@@ -6,10 +6,11 @@ the sources that are readable. A handler reads a bounded number of datagrams
 whatever else became readable meanwhile, so neither a hot socket nor a flood keeps
 another socket or a timer waiting. With nothing to do the loop sleeps: it has no tick.
 
-All clients share one socket, and each of their allocations has one of its own. If all of
-them had the same budget, clients would get the less the more ports are busy. So a source can
-be registered to *come first*: it is served before the others, and, while it has more, again
-before each of them. Under overload it is then half of what is read that comes from there.
+All clients share a few sockets, and each of their allocations has one of its own. With one
+budget for each, the share of the clients' sockets would shrink with every busy port. So a source
+can be registered to *come first*: such sources are served before the others, and those that
+have more again in between, one after each of the others. Under overload they get half of all
+reads, however many ports are busy.
 
 Everything here runs in one thread. Other threads reach it through a
 :class:`relay.net.mailbox.Mailbox`, signals through :mod:`relay.net.signals`.
@@ -69,7 +70,8 @@ class Reactor:
         self._on_bug = on_bug
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
-        self._first: dict[int, None] = {}  # descriptors of what comes first; an ordered set
+        self._first: set[int] = set()  # descriptors of the sources that come first
+        self._epoll_of_first = select.epoll()  # which has only these
         self._deadlines: dict[Callback, float] = {}  # a handful
         self._next_deadline: float | None = None  # the earliest of them
         self._retired: list[Closable] = []
@@ -89,7 +91,8 @@ class Reactor:
         self._epoll.register(fd, select.EPOLLIN)
         self._handlers[fd] = on_readable
         if comes_first:
-            self._first[fd] = None
+            self._epoll_of_first.register(fd, select.EPOLLIN)
+            self._first.add(fd)
 
     def retire(self, source: Closable) -> None:
         """Stop serving *source* at once, and close it after the present batch.
@@ -99,9 +102,11 @@ class Reactor:
         """
         fd = source.fileno()
         del self._handlers[fd]
-        self._first.pop(fd, None)
         # Not left to its closing: epoll would keep it if another process has the socket, too.
         self._epoll.unregister(fd)
+        if fd in self._first:
+            self._epoll_of_first.unregister(fd)
+            self._first.remove(fd)
         self._retired.append(source)
 
     def close_retired(self) -> None:
@@ -173,8 +178,9 @@ class Reactor:
     def close(self) -> None:
         """Release what the loop itself holds; registered sockets remain their owners'."""
         self.close_retired()
-        with suppress(OSError):
-            self._epoll.close()
+        for epoll in (self._epoll, self._epoll_of_first):
+            with suppress(OSError):
+                epoll.close()
 
     def _call_due(self, now: float) -> None:
         """Call what is due, earliest deadline first."""
@@ -201,15 +207,19 @@ class Reactor:
             return None
 
     def _serve_several(self, ready: list[int]) -> None:
-        """Serve what comes first, then each of the others, and what comes first in between."""
-        first = self._first
-        may_be_more = len(ready) == MAX_EVENTS  # than was reported
-        waiting = [fd for fd in list(first) if may_be_more or fd in ready]
-        waiting = [fd for fd in waiting if self._serve(fd)]
-        for other in ready:
-            if other not in first:
-                self._serve(other)
-                waiting = [fd for fd in waiting if self._serve(fd)]
+        """Serve what comes first, then the others, and in between again what comes first."""
+        others = [fd for fd in ready if fd not in self._first]
+        if len(ready) == MAX_EVENTS:  # perhaps not all that is readable was reported
+            first = [fd for fd, _ in self._epoll_of_first.poll(0)]
+        else:
+            first = [fd for fd in ready if fd in self._first]
+        have_more = deque(fd for fd in first if self._serve(fd))
+        for served, other in enumerate(others, 1):
+            self._serve(other)
+            if have_more and served >= len(first):
+                fd = have_more.popleft()
+                if self._serve(fd):
+                    have_more.append(fd)
 
     def _remember_iteration(self, end: float, lasted: float) -> None:
         """Keep what may become the longest of those remembered: a sliding maximum."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from relay.net.buffers import BufferSetter, log_buffers, set_buffers
+from relay.net.buffers import BufferGiver, log_buffers, set_buffers
 from relay.net.offload import SEGMENT_ROOM, Offload, SegmentSender, segment_size
 from relay.net.reactor import Reactor
 
@@ -29,7 +29,7 @@ BURST: Final = 16  # datagrams of one flow, read in one call, that tell bulk tra
 # Finding a socket empty costs an exception, as much as reading a datagram. So after a single one
 # the next few are read without looking for more: the more, the longer they come one at a time.
 SINGLE_READS: Final = 4
-MAX_SINGLE_READS: Final = 64
+MAX_SINGLE_READS: Final = 16
 _ONCE: Final = range(1)
 _UP_TO_BUDGET: Final = range(READ_BUDGET)
 PORT_BUFFER: Final = 512 << 10  # bytes the kernel may queue for each port: 200 large datagrams
@@ -79,12 +79,12 @@ def bind_udp(
     port: int,
     buffer_size: int,
     *,
-    set_buffers: Callable[[socket.socket, int], None] = set_buffers,
+    give_buffers: Callable[[socket.socket, int], None] = set_buffers,
     reuse_port: bool = False,
 ) -> socket.socket:
     """Return a non-blocking UDP socket bound to *host* and *port*. Raises OSError.
 
-    *set_buffers* gives it queues of *buffer_size* bytes. With *reuse_port* another socket of this
+    *give_buffers* gives it queues of *buffer_size* bytes. With *reuse_port* another socket of this
     user may hold the port that allows it too (SO_REUSEPORT).
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -93,7 +93,7 @@ def bind_udp(
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         never_set_df(sock)
-        set_buffers(sock, buffer_size)
+        give_buffers(sock, buffer_size)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((host, port))
@@ -182,7 +182,11 @@ class UdpReader:
         local: bytes | None = None,
         local_part: slice | None = None,
     ) -> None:
-        """Read *sock*, which stays the caller's."""
+        """Read *sock*, which stays the caller's.
+
+        A port gives neither *local* nor *local_part*, a socket at one address its *local*, and
+        one at every address *local_part*.
+        """
         self._sock = sock
         self._recvfrom_into = sock.recvfrom_into
         self._recvmsg_into = sock.recvmsg_into
@@ -279,7 +283,7 @@ class UdpReader:
 class PortSocket:
     """A socket that the reactor reads until it is closed."""
 
-    __slots__ = ("_lost", "_reactor", "_reader", "_segments", "_sock", "on_readable")
+    __slots__ = ("_lost", "_reactor", "_segments", "_sock", "reader")
 
     def __init__(
         self, sock: socket.socket, shared: Shared, receiver: Receiver, reactor: Reactor
@@ -289,9 +293,8 @@ class PortSocket:
         self._lost = shared.lost
         self._segments = SegmentSender(sock, shared.offload)
         self._reactor = reactor
-        self._reader = UdpReader(sock, shared, receiver)
-        self.on_readable = self._reader.on_readable
-        reactor.register(sock, self.on_readable)
+        self.reader = UdpReader(sock, shared, receiver)
+        reactor.register(sock, self.reader.on_readable)
 
     def reach(self, address: SocketAddress) -> UdpDestination:
         """Return how to send to *address* from here."""
@@ -305,21 +308,24 @@ class PortSocket:
 class PortOpener:
     """Opens ports at one address per family."""
 
-    def __init__(self, reactor: Reactor, hosts: Mapping[int, str], shared: Shared) -> None:
-        """Take where to bind in each family, and what every :class:`PortSocket` needs."""
+    def __init__(
+        self, reactor: Reactor, hosts: Mapping[int, str], shared: Shared, name: str = "each port"
+    ) -> None:
+        """Take where to bind in each family, and how the log is to call a port."""
+        self._name = name
         self._reactor = reactor
         self._hosts = hosts
         self._shared = shared
-        self._buffers = BufferSetter()
+        self._buffers = BufferGiver()
         self._logged_buffers = False
 
     def open(self, family: int, port: int, receiver: Receiver) -> PortSocket:
         """Bind a port; *receiver* takes what arrives there. Raises OSError."""
         self._reactor.close_retired()  # it may be the very port
-        sock = bind_udp(self._hosts[family], port, PORT_BUFFER, set_buffers=self._buffers.set)
+        sock = bind_udp(self._hosts[family], port, PORT_BUFFER, give_buffers=self._buffers.give)
         if not self._logged_buffers:  # by then privileges are dropped, so the first one tells
             self._logged_buffers = True
-            log_buffers(sock, PORT_BUFFER, "each relay port")
+            log_buffers(sock, PORT_BUFFER, self._name)
         return PortSocket(sock, self._shared, receiver, self._reactor)
 
 

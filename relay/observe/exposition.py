@@ -42,7 +42,7 @@ class Status:
 
     @property
     def stuck(self) -> str | None:
-        """What to say of a loop that does not come round, or None."""
+        """What to say of a loop that is stuck in one iteration, or None."""
         if self.stuck_for <= STUCK_AFTER:
             return None
         return f"the loop has been busy with one iteration for {self.stuck_for:.1f} s"

@@ -9,7 +9,7 @@ from typing import Final
 INTERVAL: Final = 10.0  # seconds
 BURST: Final = 5  # lines of one kind about one client, per interval
 BURST_OF_ALL: Final = 100  # lines of one kind about all clients together, per interval
-MOST_KINDS: Final = 500
+MAX_KINDS: Final = 500
 UNLIMITED: Final = "relay.daemon"
 
 
@@ -44,7 +44,7 @@ class LogRateLimit(logging.Filter):
 
     def _kind(self, record: logging.LogRecord) -> "_Kind":
         key = (record.name, record.levelno, str(record.msg))
-        if key not in self._kinds and len(self._kinds) >= MOST_KINDS:
+        if key not in self._kinds and len(self._kinds) >= MAX_KINDS:
             # More than there are in the code: somebody logs text that was put together before.
             key = (record.name, record.levelno, "")
         return self._kinds.setdefault(key, _Kind())

@@ -25,7 +25,7 @@ from typing import Any, Final
 logger = logging.getLogger("relay.portal")
 
 HEARTBEAT_INTERVAL: Final = 10.0  # seconds
-MOST_UNANSWERED: Final = 3  # heartbeats
+MAX_UNANSWERED: Final = 3  # heartbeats
 JOIN_TIMEOUT: Final = 5.0  # seconds
 REJOIN_INTERVAL: Final = 1.0  # seconds, between joins on one connection
 FIRST_BACKOFF: Final = 0.5  # seconds
@@ -220,8 +220,8 @@ class Phoenix:
         self._join_ref = self._send("relay", "phx_join", {"stamp_secret": self._secret})
 
     def _beat(self, now: float) -> None:
-        if len(self._unanswered) >= MOST_UNANSWERED:
-            self._reconnect(f"{MOST_UNANSWERED} heartbeats are unanswered", now)
+        if len(self._unanswered) >= MAX_UNANSWERED:
+            self._reconnect(f"{MAX_UNANSWERED} heartbeats are unanswered", now)
             return
         self._unanswered.add(self._send("phoenix", "heartbeat", {}))
         self._heartbeat_at = now + HEARTBEAT_INTERVAL

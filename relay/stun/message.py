@@ -57,7 +57,7 @@ class Message:
 
 @dataclass(slots=True)
 class Received:
-    """A message from the wire with every attribute decoded, as one wants it who asked for it."""
+    """A message from the wire with every attribute decoded, for a client that reads an answer."""
 
     message: Message
     raw: bytes  # the message as received, without what followed it in the datagram
@@ -69,6 +69,8 @@ class Received:
 
 def decode(datagram: bytes) -> Received:
     """Read a datagram that should be STUN, and decode all attributes that are in the table.
+
+    For clients. A server decodes what it needs: :func:`relay.stun.raw.read`.
 
     Raises what :func:`~relay.stun.raw.read` does. A bad value within a sound frame raises
     nothing: it is left out of the message, and reported as *undecodable*.

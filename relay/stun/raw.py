@@ -69,7 +69,10 @@ class RawMessage:
 
     @property
     def unknown(self) -> tuple[int, ...]:
-        """The types that must be understood and are not in the table, each once."""
+        """The types that must be understood and are not in the table, each once.
+
+        The keys of repeated attributes are above all of these.
+        """
         return tuple(
             kind for kind in self.values if comprehension_required(kind) and kind not in BY_TYPE
         )

@@ -1,7 +1,7 @@
 """Allocate and Refresh: how an allocation begins, lives on and ends. RFC 8656 §7, §8."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from relay.stun.attributes import Attr
@@ -17,7 +17,7 @@ logger = logging.getLogger("relay.turn")
 
 DEFAULT_LIFETIME: Final = 600  # seconds. RFC 8656 §7.2
 MAX_LIFETIME: Final = 3600  # seconds. RFC 8656 §7.2
-PORT_TRIES: Final = 16  # ports that other processes hold, before a client is told to give up
+PORT_TRIES: Final = 16  # ports that cannot be bound, before a client is told to give up
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class _Opening:
     families: tuple[Family, ...]
     lifetime: int  # seconds, as granted
     port: int
-    tries: int = 1
+    tried: set[int] = field(default_factory=set)  # ports that could not be bound
 
 
 class AllocationHandler:
@@ -67,7 +67,7 @@ class AllocationHandler:
         for other in replaced:  # only now: a refusal must not cost what there is
             logger.debug("%s takes over from %s", client[0], other.client[0])
             state.tables.delete(other)
-        port = self._take_port(request.now)
+        port = self._take_port(request.now, tried=set())
         self._open(_Opening(request, username, families, lifetime, port))
 
     def port_opened(self, port: int, now: float) -> None:
@@ -90,16 +90,17 @@ class AllocationHandler:
     def port_failed(self, port: int, failure: PortFailure) -> None:
         """Try another port, or tell the client that there is none."""
         opening = self._answered(port)
-        request, free_ports = opening.request, self._state.tables.free_ports
+        request, tried = opening.request, opening.tried
+        free_ports = self._state.tables.free_ports
         if failure is PortFailure.REFUSED:
             free_ports.give_back(port)
         else:
             free_ports.set_aside(port, request.now)
+            tried.add(port)
         try:
-            if failure is PortFailure.REFUSED or opening.tries == PORT_TRIES:
+            if failure is PortFailure.REFUSED or len(tried) == PORT_TRIES:
                 raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, f"port {port} is {failure.value}")
-            opening.port = self._take_port(request.now)
-            opening.tries += 1
+            opening.port = self._take_port(request.now, tried)
             self._open(opening)
         except Refused as refused:
             self._state.answers.refuse(request, refused)
@@ -143,8 +144,8 @@ class AllocationHandler:
             raise Refused(ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED, f"no {wanted.name} here")
         return (wanted,)
 
-    def _take_port(self, now: float) -> int:
-        port = self._state.tables.free_ports.take(now)
+    def _take_port(self, now: float, tried: set[int]) -> int:
+        port = self._state.tables.free_ports.take(now, tried)
         if port is None:
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "no port is free")
         return port

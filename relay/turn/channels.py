@@ -40,6 +40,7 @@ class ChannelHandler:
         """RFC 8656 §12.2."""
         settings, tables, message = self._state.settings, self._state.tables, request.message
         number = message.get(Attr.CHANNEL_NUMBER)
+        # Checked before the allocation is looked for: it is wrong whatever the client has.
         if number is not None and number not in settings.channel_numbers:
             raise Refused(ErrorCode.BAD_REQUEST, f"channel number {number:#06x} is out of range")
         allocation = self._state.allocation(request, username)
@@ -68,7 +69,8 @@ class ChannelHandler:
     def recheck_some(self, now: float) -> None:
         """Check the next portion of the channels; unbind those whose peer is forbidden now."""
         for channel in self._unchecked[-CHECKED_AT_ONCE:]:
-            self._state.tables.recheck_peer(channel, self._reaches, now)
+            reaches_outside, _ = self._reach(channel.peer)
+            self._state.tables.recheck_peer(channel, reaches_outside, now)
         del self._unchecked[-CHECKED_AT_ONCE:]
 
     @property
@@ -77,23 +79,23 @@ class ChannelHandler:
         return bool(self._unchecked)
 
     def _require_permitted(self, peer: Address) -> bool:
-        """Refuse a forbidden peer; return whether datagrams to it may leave this relay.
+        """Refuse a forbidden peer; return whether datagrams to it may leave this relay."""
+        reaches_outside, rule = self._reach(peer)
+        if reaches_outside is None:
+            logger.warning("peer refused: %s", rule)
+            raise Refused(ErrorCode.FORBIDDEN, f"{format_endpoint(*peer)}: {rule}")
+        return reaches_outside
 
-        What this relay lends out may always be reached, from inside.
+    def _reach(self, peer: Address) -> tuple[bool | None, str | None]:
+        """Tell whether datagrams to *peer* may leave this relay, None if none may be sent to it.
+
+        With the rule that forbids it. What this relay lends out may always be reached, from
+        inside.
         """
         rule = self._state.peer_policy.refusal(peer)
         if rule is None:
-            return True
-        if self._state.is_relayed_here(peer):
-            return False
-        logger.warning("peer refused: %s", rule)
-        raise Refused(ErrorCode.FORBIDDEN, f"{format_endpoint(*peer)}: {rule}")
-
-    def _reaches(self, peer: Address) -> bool | None:
-        """Tell whether datagrams to *peer* may leave this relay; None if none may be sent."""
-        if self._state.peer_policy.refusal(peer) is None:
-            return True
-        return False if self._state.is_relayed_here(peer) else None
+            return True, None
+        return (False if self._state.is_relayed_here(peer) else None), rule
 
 
 def _require_family(allocation: Allocation, host: str) -> None:

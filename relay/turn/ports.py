@@ -1,7 +1,7 @@
 """The relay ports that nobody holds: taken at random, given back, in constant time."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 SET_ASIDE_FOR: Final = 10.0  # seconds
@@ -10,8 +10,9 @@ SET_ASIDE_FOR: Final = 10.0  # seconds
 class FreePorts:
     """A set of ports from which each is drawn with the same probability. RFC 8656 §7.2.
 
-    A port that turns out to be held by another process is set aside for a while, so that
-    no other Allocate has to find that out again.
+    A port that cannot be bound at present, mostly because another process holds it, is set aside
+    for a while, so that no other Allocate has to find that out again. It is drawn before its time
+    only where no other port is free.
     """
 
     def __init__(self, ports: range, excluded: int, randbelow: Callable[[int], int]) -> None:
@@ -24,13 +25,19 @@ class FreePorts:
         self._randbelow = randbelow
         self._set_aside: deque[tuple[float, int]] = deque()  # until when, in monotonic seconds
 
-    def take(self, now: float) -> int | None:
-        """Draw a port, which is the caller's then, or return None if there is none."""
-        while self._set_aside and self._set_aside[0][0] <= now:
-            self._ports.append(self._set_aside.popleft()[1])
-        ports = self._ports
+    def take(self, now: float, tried: Collection[int] = ()) -> int | None:
+        """Draw a port, which is the caller's then, or return None if there is none.
+
+        *tried* are those that the caller has set aside itself.
+        """
+        set_aside, ports = self._set_aside, self._ports
+        while set_aside and set_aside[0][0] <= now:
+            ports.append(set_aside.popleft()[1])
         if not ports:
-            return None
+            # The first in line was set aside first: if the caller has tried it, it has tried all.
+            if not set_aside or set_aside[0][1] in tried:
+                return None
+            return set_aside.popleft()[1]
         # The last one fills the gap, so nothing has to move up.
         drawn, last = self._randbelow(len(ports)), ports.pop()
         if drawn == len(ports):
@@ -43,7 +50,7 @@ class FreePorts:
         self._ports.append(port)
 
     def set_aside(self, port: int, now: float) -> None:
-        """Give back a port that another process holds at present."""
+        """Give back a port that cannot be bound at present: in use, or reserved."""
         self._set_aside.append((now + SET_ASIDE_FOR, port))
 
     def check(self, taken: Iterable[int]) -> None:

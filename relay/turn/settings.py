@@ -7,7 +7,7 @@ from relay.stun.const import Family
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All of it. A reload brings another one; *public_hosts* and *ports* stay as they are."""
+    """Settings of the server. A reload brings others; *public_hosts* and *ports* stay the same."""
 
     public_hosts: dict[Family, str]  # the hosts of relayed addresses, IPv4 first
     ports: range  # those that allocations may get, but for the listening port

@@ -5,7 +5,6 @@ each change of what is relayed leaves as a command, and that everything has a de
 """
 
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
@@ -191,17 +190,14 @@ class Tables:
         channel.state = NEXT[channel.state, Input.BIND]
         self._deadlines.schedule(channel, now + CHANNEL_LIFETIME)
 
-    def recheck_peer(
-        self, channel: Channel, reaches: Callable[[PeerAddress], bool | None], now: float
-    ) -> None:
+    def recheck_peer(self, channel: Channel, reaches_outside: bool | None, now: float) -> None:
         """Apply changed rules to a channel, if it is bound.
 
-        *reaches* tells whether datagrams to a peer may leave this relay; None if it may not be
-        reached at all: its channel is unbound, as if its time had come.
+        *reaches_outside* tells whether datagrams to its peer may leave this relay; None if it may
+        not be reached at all: the channel is unbound, as if its time had come.
         """
         if channel.state is not Binding.BOUND:
             return
-        reaches_outside = reaches(channel.peer)
         if reaches_outside is None:
             self._expire_channel(channel, now)
         elif reaches_outside is not channel.reaches_outside:
