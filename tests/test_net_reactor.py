@@ -152,9 +152,7 @@ def test_the_longer_datagrams_come_alone_the_more_are_read_without_looking(
 
 
 def test_a_listening_socket_gets_half_of_all_reads_in_an_overload(reactor: Reactor) -> None:
-    """In datagrams, of real sockets. Where they came one at a time before, from the second
-    iteration on.
-    """
+    """In datagrams, of real sockets: from the second iteration on, if before they came singly."""
     ports = [Inbox(reactor) for _ in range(20)]
     received: list[int] = []
 
