@@ -9,6 +9,7 @@ from relay.stun.integrity import FINGERPRINT_SIZE, INTEGRITY_SIZE, fingerprint, 
 from relay.stun.raw import HEADER, TLV, RawMessage, read, type_of
 
 T = TypeVar("T")
+_PADDING = (b"", bytes(3), bytes(2), bytes(1))  # by size modulo 4
 _INTEGRITY_HEADER = TLV.pack(Attr.MESSAGE_INTEGRITY.type, INTEGRITY_SIZE - 4)
 _FINGERPRINT_HEADER = TLV.pack(Attr.FINGERPRINT.type, FINGERPRINT_SIZE - 4)
 
@@ -41,8 +42,8 @@ class Message:
         datagram = bytearray(HEADER.pack(message_type, 0, MAGIC_COOKIE, transaction_id))
         for attribute, value in self.attributes:
             encoded = attribute.coding.encode(value, transaction_id)
-            datagram += TLV.pack(attribute.type, len(encoded)) + encoded
-            datagram += bytes(-len(encoded) % 4)
+            size = len(encoded)
+            datagram += TLV.pack(attribute.type, size) + encoded + _PADDING[size % 4]
         length = len(datagram) - HEADER.size
         if key is not None:
             datagram += _INTEGRITY_HEADER + integrity(datagram, key)
