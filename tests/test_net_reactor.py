@@ -16,7 +16,7 @@ import pytest
 from relay.net.listening import ListeningSocket
 from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
-from relay.net.reactor import MAX_EVENTS, Reactor
+from relay.net.reactor import CROWD, MAX_EVENTS, Reactor
 from relay.net.signals import Signals
 from relay.net.udp import MAX_SINGLE_READS, READ_BUDGET, SINGLE_READS, PortSocket, Shared, bind_udp
 
@@ -354,11 +354,11 @@ class Busy:
 @pytest.fixture
 def scripted(reactor: Reactor) -> None:
     reactor.close()
-    epolls: list[Any] = [ScriptedEpoll(), ScriptedEpoll()]
-    reactor._epoll, reactor._epoll_of_first = epolls
+    scripted: list[Any] = [ScriptedEpoll(), ScriptedEpoll()]
+    reactor._epoll, reactor._poll_of_first = scripted
 
 
-@pytest.mark.parametrize("count", [1, 2, MAX_EVENTS - 1, MAX_EVENTS, 100, 1000])
+@pytest.mark.parametrize("count", [CROWD - 1, CROWD, MAX_EVENTS - 1, MAX_EVENTS, 100, 1000])
 @pytest.mark.usefixtures("scripted")
 def test_what_comes_first_has_its_share_however_many_others(reactor: Reactor, count: int) -> None:
     """Half of all, which is what clients send of the traffic in both directions."""
@@ -378,6 +378,17 @@ def test_what_comes_first_has_its_share_however_many_others(reactor: Reactor, co
     # Nor does it keep the others waiting: each gets as much as any other.
     assert listener.served <= total / 2 + 200
     assert max(o.served for o in others) - min(o.served for o in others) <= 1
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_few_sources_are_served_once_each(reactor: Reactor) -> None:
+    """That is no overload, and what calls are like: it costs no look at shares."""
+    sources = [Busy(fd) for fd in range(CROWD - 1)]
+    for source in sources:
+        reactor.register(source, source.on_readable, comes_first=source.fileno() == 0)
+    reactor.iterate()
+
+    assert [source.served for source in sources] == [1] * (CROWD - 1)
 
 
 @pytest.mark.usefixtures("scripted")

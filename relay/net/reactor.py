@@ -8,9 +8,9 @@ another socket or a timer waiting. With nothing to do the loop sleeps: it has no
 
 All clients share a few sockets, and each of their allocations has one of its own. With one
 budget for each, the share of the clients' sockets would shrink with every busy port. So a source
-can be registered to *come first*: such sources are served before the others, and those that
-have more again in between, one after each of the others. Under overload they get half of all
-reads, however many ports are busy.
+can be registered to *come first*: in a crowd, such sources are served before the others, and
+those that have more again in between, one after each of the others. So under overload they get
+half of all reads, however many ports are busy.
 
 Everything here runs in one thread. Other threads reach it through a
 :class:`relay.net.mailbox.Mailbox`, signals through :mod:`relay.net.signals`.
@@ -29,6 +29,7 @@ logger = logging.getLogger("relay.net.reactor")
 # Sources served per iteration. If more are readable, those that come first are served in each
 # iteration all the same, and epoll rotates the others.
 MAX_EVENTS: Final = 16
+CROWD: Final = 4  # sources that are readable at once, from which on shares matter
 LONG_ITERATION: Final = 0.001  # seconds; what is shorter nobody asks for
 SLOW_ITERATION: Final = 0.1  # seconds: a wait that a caller would hear
 REMEMBERED_ITERATIONS: Final = 120.0  # seconds
@@ -71,7 +72,7 @@ class Reactor:
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
         self._first: set[int] = set()  # descriptors of the sources that come first
-        self._epoll_of_first = select.epoll()  # which has only these
+        self._poll_of_first = select.poll()  # looks at only these
         self._deadlines: dict[Callback, float] = {}  # a handful
         self._next_deadline: float | None = None  # the earliest of them
         self._retired: list[Closable] = []
@@ -91,7 +92,7 @@ class Reactor:
         self._epoll.register(fd, select.EPOLLIN)
         self._handlers[fd] = on_readable
         if comes_first:
-            self._epoll_of_first.register(fd, select.EPOLLIN)
+            self._poll_of_first.register(fd, select.POLLIN)
             self._first.add(fd)
 
     def retire(self, source: Closable) -> None:
@@ -105,7 +106,7 @@ class Reactor:
         # Not left to its closing: epoll would keep it if another process has the socket, too.
         self._epoll.unregister(fd)
         if fd in self._first:
-            self._epoll_of_first.unregister(fd)
+            self._poll_of_first.unregister(fd)
             self._first.remove(fd)
         self._retired.append(source)
 
@@ -153,8 +154,11 @@ class Reactor:
                     handler()
                 except Exception as error:  # noqa: BLE001 - one bug must not end everyone's calls
                     self._on_bug(error)
-        elif events:
-            self._serve_several([fd for fd, _ in events])
+        elif len(events) < CROWD:
+            for fd, _ in events:
+                self._serve(fd)
+        else:
+            self._serve_crowd([fd for fd, _ in events])
         if self._retired:
             self.close_retired()
         self.awake_since = None
@@ -178,9 +182,8 @@ class Reactor:
     def close(self) -> None:
         """Release what the loop itself holds; registered sockets remain their owners'."""
         self.close_retired()
-        for epoll in (self._epoll, self._epoll_of_first):
-            with suppress(OSError):
-                epoll.close()
+        with suppress(OSError):
+            self._epoll.close()
 
     def _call_due(self, now: float) -> None:
         """Call what is due, earliest deadline first."""
@@ -206,11 +209,11 @@ class Reactor:
             self._on_bug(error)
             return None
 
-    def _serve_several(self, ready: list[int]) -> None:
+    def _serve_crowd(self, ready: list[int]) -> None:
         """Serve what comes first, then the others, and in between again what comes first."""
         others = [fd for fd in ready if fd not in self._first]
         if len(ready) == MAX_EVENTS:  # perhaps not all that is readable was reported
-            first = [fd for fd, _ in self._epoll_of_first.poll(0)]
+            first = [fd for fd, _ in self._poll_of_first.poll(0)]
         else:
             first = [fd for fd in ready if fd in self._first]
         have_more = deque(fd for fd in first if self._serve(fd))
