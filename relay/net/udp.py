@@ -213,10 +213,12 @@ class UdpReader:
         """Read what is there, within the budget; return whether that was used up."""
         if self._reads_segments:
             return self._read_segments()
+        if self._singles:
+            return self._read_one()
         receive, buffer, local = self._recvfrom_into, self._buffer, self._local
         on_datagram = self._on_datagram
         first = source = None
-        for count in _ONCE if self._singles else _UP_TO_BUDGET:
+        for count in _UP_TO_BUDGET:
             try:
                 size, source = receive(buffer)
             except OSError as error:
@@ -230,12 +232,23 @@ class UdpReader:
                 on_datagram(size, (source, local))
             else:
                 on_datagram(size, source if len(source) == 2 else source[:2])
-        if self._singles:
-            self._singles -= 1
-            return True
         self._next_singles = SINGLE_READS
         if source == first:
             self._enable_gro()
+        return True
+
+    def _read_one(self) -> bool:
+        """Read a single datagram, without looking for more: what calls are like."""
+        try:
+            size, source = self._recvfrom_into(self._buffer)
+        except OSError as error:
+            self._pause(0, error)
+            return False
+        self._singles -= 1
+        if self._local is not None:
+            self._on_datagram(size, (source, self._local))
+        else:
+            self._on_datagram(size, source if len(source) == 2 else source[:2])
         return True
 
     def _read_segments(self) -> bool:
