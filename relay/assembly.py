@@ -48,7 +48,7 @@ logger = logging.getLogger("relay.daemon")
 
 SPARE_DESCRIPTORS: Final = 32  # for everything but relay ports and HTTP
 HTTP_DESCRIPTORS: Final = 288
-MAX_CHANNELS: Final = 1 << 18  # at about 1,200 bytes each
+MAX_CHANNELS: Final = 1 << 18  # at about 1,250 bytes each
 
 # What is worth a 0 before it is counted.
 KNOWN_DROPS: Final = (*(reason.value for reason in Drop), *USUAL_LOSSES, QUEUE_FULL)
