@@ -339,7 +339,11 @@ class PortOpener:
         if not self._logged_buffers:  # by then privileges are dropped, so the first one tells
             self._logged_buffers = True
             log_buffers(sock, PORT_BUFFER, self._name)
-        return PortSocket(sock, self._shared, receiver, self._reactor)
+        try:
+            return PortSocket(sock, self._shared, receiver, self._reactor)
+        except OSError:  # epoll has a limit of its own: fs.epoll.max_user_watches
+            sock.close()
+            raise
 
 
 def errno_name(error: OSError) -> str:
