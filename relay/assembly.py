@@ -136,7 +136,7 @@ def assemble(config: Config, on_portal_event: Callable[[PortalEvent], None]) -> 
         is_relay_host=partial(_is_relay_host, relay_hosts),
     )
     for sock in listening:
-        reactor.register(sock, sock.on_readable, comes_first=True)
+        reactor.register(sock, sock.reader.on_readable, comes_first=True)
     reactor.register(mailbox, mailbox.deliver, comes_first=True)
     monitor = Monitor(server, counters, reactor, listening, KNOWN_AUTH_FAILURES)
     return Parts(
@@ -206,10 +206,9 @@ def _listeners(
     Until somebody else is to receive what they read, all of that is dropped.
     """
     try:
-        inherited = inherited_listeners(config.listen_port)
+        handed_over = inherited_listeners(config.listen_port)
     except systemd.ActivationError as error:
         raise ConfigError(f"systemd: {error}") from error
-    handed_over = {family_of(sock.getsockname()[0]): sock for sock in inherited}
     shared = Shared(workspace.view, workspace.counters.lost, offload)
     receiver = NotServing(workspace)
     listeners: dict[Family, ListeningSocket] = {}

@@ -51,7 +51,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
     "relay.config.model": ("relay.stun.address", "relay.stun.const"),
     "relay.datapath": ("relay.observe.counters", "relay.net.udp", "relay.turn", "relay.stun"),
     # Packages that import no other: they are handed what they work with.
-    "relay.host": (),
+    "relay.host": ("relay.stun.address", "relay.stun.const"),
     "relay.observe": (),
     "relay.observe.counters": (),
     "relay.observe.logs": ("relay.observe.logratelimit",),

@@ -329,7 +329,7 @@ def test_a_socket_that_had_gro_before_us_is_read_with_gro(
     sender = Sender("127.0.0.1", stack)
 
     sender.sends_segments(8, ("127.0.0.1", listener.address[1]))
-    listener.on_readable()
+    listener.reader.on_readable()
 
     assert inbox.reads == [(8 * SIZE, SIZE)]
     assert listener.sockets == [listener]  # what systemd said of it goes for no other

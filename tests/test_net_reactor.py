@@ -166,7 +166,7 @@ def test_a_listening_socket_gets_half_of_all_reads_in_an_overload(reactor: React
     shared = Shared(memoryview(bytearray(65536)), ports[0].lost, Offload(wanted=False))
     sock = bind_udp("127.0.0.1", 0, 4 << 20)
     listener = ListeningSocket(sock, shared, Listener())
-    reactor.register(listener, listener.on_readable, comes_first=True)
+    reactor.register(listener, listener.reader.on_readable, comes_first=True)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outside:
         for _ in range(100):
             outside.sendto(b"alone", listener.address)

@@ -102,7 +102,7 @@ def test_an_address_has_a_socket_of_its_own_but_its_clients_look_the_same(
     with socket.socket(family, socket.SOCK_DGRAM) as client:
         client.connect((address, alone.address[1]))
         client.send(b"ask")
-        alone.on_readable()
+        alone.reader.on_readable()
         assert inbox.sources[0][0] == client.getsockname()
     alone.close()
 
@@ -201,7 +201,7 @@ def asks_and_is_answered(bind: str, address: str) -> tuple[Any, bytes]:
         client.send(b"ask")
         ready, _, _ = select.select(listener.sockets, [], [], 10)
         assert len(ready) == 1
-        ready[0].on_readable()
+        ready[0].reader.on_readable()
         assert bytes(buffer[:3]) == b"ask"
         listener.reach(inbox.sources[0]).send(b"answer")
         assert client.recv(100) == b"answer"

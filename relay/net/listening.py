@@ -21,7 +21,6 @@ from relay.net.udp import (
     UdpDestination,
     UdpReader,
     bind_udp,
-    errno_name,
     never_set_df,
 )
 
@@ -102,7 +101,6 @@ class ListeningSocket:
             self.reader.expect_segments()
         self.address: SocketAddress = sock.getsockname()
         self.sockets: list[ListeningSocket] = [self]  # what there is to read
-        self.on_readable = self.reader.on_readable
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -231,8 +229,7 @@ class _SourcedDestination(UdpDestination):
         try:
             self._sendmsg((datagram,), self._control, 0, self._address)
         except OSError as error:
-            self._lost(f"send_{errno_name(error)}")
-            return False
+            return self._count_loss(error)
         return True
 
     def send_many(self, pieces: list[memoryview | bytes], each: int, size: int) -> int:

@@ -137,13 +137,17 @@ class UdpDestination:
         try:
             self._sendto(datagram, self._address)
         except OSError as error:
-            self._lost(f"send_{errno_name(error)}")
-            return False
+            return self._count_loss(error)
         return True
 
     def send_many(self, pieces: list[memoryview | bytes], each: int, size: int) -> int:
         """Send many datagrams, as :meth:`SegmentSender.send` does."""
         return self._segments.send(pieces, each, size, self._address)
+
+    def _count_loss(self, error: OSError) -> bool:
+        """Count a datagram that the kernel did not take; return that it was not sent."""
+        self._lost(f"send_{errno_name(error)}")
+        return False
 
 
 class UdpReader:

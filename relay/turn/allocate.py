@@ -1,6 +1,7 @@
 """Allocate and Refresh: how an allocation begins, lives on and ends. RFC 8656 §7, §8."""
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -67,7 +68,7 @@ class AllocationHandler:
         for other in replaced:  # only now: a refusal must not cost what there is
             logger.debug("%s takes over from %s", client[0], other.client[0])
             state.tables.delete(other)
-        port = self._take_port(request.now, tried=set())
+        port = self._take_port(request.now)
         self._open(_Opening(request, username, families, lifetime, port))
 
     def port_opened(self, port: int, now: float) -> None:
@@ -144,7 +145,7 @@ class AllocationHandler:
             raise Refused(ErrorCode.ADDRESS_FAMILY_NOT_SUPPORTED, f"no {wanted.name} here")
         return (wanted,)
 
-    def _take_port(self, now: float, tried: set[int]) -> int:
+    def _take_port(self, now: float, tried: Collection[int] = ()) -> int:
         port = self._state.tables.free_ports.take(now, tried)
         if port is None:
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "no port is free")

@@ -19,7 +19,8 @@ MAX_UNKNOWN_NAMED: Final = 32  # attributes in a 420: more could not be a mistak
 
 _METHOD_NAMES: Final[dict[int, str]] = {method: method.name.lower() for method in Method}
 
-Attributes = list[tuple[Attribute[Any], Any]]
+AttributeValue = tuple[Attribute[Any], Any]
+Attributes = list[AttributeValue]
 """What an answer is to hold, in order."""
 
 
@@ -41,19 +42,24 @@ class Request:
 
 
 class Refused(Exception):
-    """A request cannot be granted: *code* is for the client, *reason* for the log."""
+    """A request cannot be granted: *code* is for the client, *reason* for the log.
 
-    def __init__(self, code: ErrorCode, reason: str) -> None:
+    *attributes* are what the answer is to hold besides.
+    """
+
+    def __init__(self, code: ErrorCode, reason: str, *attributes: AttributeValue) -> None:
         super().__init__(code, reason)
         self.code = code
         self.reason = reason
+        self.attributes = attributes
 
 
 def require_known_attributes(request: Request) -> None:
     """RFC 8489 §6.3.1: 420 for what must be understood and is not."""
     unknown = request.message.unknown
     if unknown:
-        raise Refused(ErrorCode.UNKNOWN_ATTRIBUTE, f"{len(unknown)} unknown attributes")
+        named = (Attr.UNKNOWN_ATTRIBUTES, unknown[:MAX_UNKNOWN_NAMED])
+        raise Refused(ErrorCode.UNKNOWN_ATTRIBUTE, f"{len(unknown)} unknown attributes", named)
 
 
 class Answers:
@@ -86,9 +92,7 @@ class Answers:
         if code in {ErrorCode.UNAUTHORIZED, ErrorCode.STALE_NONCE}:
             nonce = self._authenticator.nonce(client, request.now)
             attributes += [(Attr.REALM, REALM), (Attr.NONCE, nonce)]
-        if code is ErrorCode.UNKNOWN_ATTRIBUTE:
-            named = request.message.unknown[:MAX_UNKNOWN_NAMED]
-            attributes.append((Attr.UNKNOWN_ATTRIBUTES, named))
+        attributes += refused.attributes
         self._send(request, Kind.ERROR, attributes, request.key)
 
     def _count(self, request: Request, code: str) -> None:
