@@ -231,6 +231,55 @@ def test_the_wheel_reaches_an_hour_ahead_of_any_time() -> None:
         wheel.cancel("a")
 
 
+def test_many_that_are_due_together_come_in_portions() -> None:
+    wheel = TimerWheel[int](0.0)
+    for item in range(100):
+        wheel.schedule(item, 10.5)
+
+    portions = [wheel.advance(10.5, at_most=30) for _ in range(4)]
+
+    assert [len(portion) for portion in portions] == [30, 30, 30, 10]
+    assert {item for portion in portions for item in portion} == set(range(100))
+
+
+def test_who_has_not_looked_at_all_is_not_to_sleep() -> None:
+    wheel = TimerWheel[int](0.0)
+    for item in range(3):
+        wheel.schedule(item, 10.5)
+    wheel.advance(10.5, at_most=1)
+
+    assert wheel.next_deadline is not None
+    assert wheel.next_deadline <= 10.5
+
+
+def test_items_that_only_pass_by_count_as_looked_at() -> None:
+    """They lie where their deadline was before it was moved: to move them again is work, too."""
+    wheel = TimerWheel[int](0.0)
+    for item in range(100):
+        wheel.schedule(item, 10.5)
+        wheel.schedule(item, 20.5)
+
+    assert wheel.advance(10.5, at_most=99) == []
+    assert wheel.next_deadline == 10.0
+    assert wheel.advance(10.5, at_most=1) == []
+    assert wheel.next_deadline == 20.5
+
+
+@pytest.mark.parametrize("later", [5.0, 10.25, 10.75, 30.0])
+def test_what_waits_for_its_portion_can_be_moved_and_cancelled(later: float) -> None:
+    wheel = TimerWheel[int](0.0)
+    for item in range(4):
+        wheel.schedule(item, 10.5)
+    (first,) = wheel.advance(10.5, at_most=1)
+    moved, cancelled, left = sorted({0, 1, 2, 3} - {first})
+
+    wheel.schedule(moved, later)
+    wheel.cancel(cancelled)
+
+    assert set(wheel.advance(10.5)) == ({left, moved} if later <= 10.5 else {left})
+    assert wheel.advance(30.0) == ([] if later <= 10.5 else [moved])
+
+
 class Model(RuleBasedStateMachine):
     """The wheel against a plain dictionary that is searched from end to end."""
 
@@ -268,6 +317,13 @@ class Model(RuleBasedStateMachine):
     @rule(step=steps)
     def time_passes(self, step: float) -> None:
         self.advances_to(self.now + step)
+
+    @rule(at_most=st.integers(1, 5), step=steps)
+    def serves_a_portion(self, at_most: int, step: float) -> None:
+        self.now += step
+        due = self.wheel.advance(self.now, at_most)
+        assert len(due) <= at_most
+        assert all(self.deadlines.pop(item) <= self.now for item in due)
 
     @precondition(lambda self: self.wheel.next_deadline is not None)
     @rule()

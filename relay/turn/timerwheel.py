@@ -14,6 +14,7 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 SLOTS: Final = 4096  # seconds; more than the hour that an allocation may last
+EVERYTHING: Final = 1 << 62
 
 
 @dataclass(slots=True)
@@ -32,12 +33,13 @@ class TimerWheel(Generic[T]):
 
     def __init__(self, now: float) -> None:
         self._entries: dict[T, _Entry] = {}
-        # A dict serves as an ordered set: items due together come out as they were filed.
+        # A dict serves as a set that is emptied one by one at no cost.
         self._slots: list[dict[T, None] | None] = [None] * SLOTS
         self._wake = [inf] * SLOTS  # the earliest deadline ever filed in each slot
         self._occupied = 0  # bit n is set while slot n holds an item
         self._cursor = int(now)  # every earlier second has been served
         self._next: float = inf
+        self._passing: dict[T, None] = {}  # what lay in the slot at the cursor, not looked at yet
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -47,9 +49,15 @@ class TimerWheel(Generic[T]):
         """When :meth:`advance` should be called next, or None while there is nothing to wait for.
 
         It can be earlier than any deadline, when items were moved or cancelled: then
-        advancing files them anew.
+        advancing files them anew. It is in the past while :meth:`advance` has not looked at all.
         """
+        if self._passing:
+            return float(self._cursor)
         return None if self._next == inf else self._next
+
+    def has_passed(self, now: float) -> bool:
+        """Tell if there is anything to look at by *now*."""
+        return bool(self._passing) or self._next <= now
 
     def schedule(self, item: T, deadline: float) -> None:
         """Make *item* due at *deadline*, instead of when it was due before."""
@@ -70,20 +78,30 @@ class TimerWheel(Generic[T]):
         if entry is not None:
             self._take_out(item, entry.slot)
 
-    def advance(self, now: float) -> list[T]:
-        """Return what is due at *now*, earliest deadline first, and forget it."""
+    def advance(self, now: float, at_most: int = EVERYTHING) -> list[T]:
+        """Return what is due at *now*, earliest deadline first, and forget it.
+
+        At most so many items are looked at, due or not, whatever lies in one second; the rest is
+        for the next call.
+        """
         due: dict[T, float] = {}
-        while self._next <= now:
-            self._cursor = int(self._next)
-            for item in self._empty(self._cursor % SLOTS):
-                entry = self._entries[item]
-                if entry.deadline <= now:
-                    del self._entries[item]
-                    due[item] = entry.deadline
-                else:
-                    self._file(item, entry)
-            self._find_next()
-        self._cursor = max(self._cursor, int(now))
+        passing = self._passing
+        for _ in range(at_most):
+            if not passing:
+                if self._next > now:
+                    break
+                self._cursor = int(self._next)
+                passing.update(self._empty(self._cursor % SLOTS))
+                self._find_next()
+            item, _ = passing.popitem()
+            entry = self._entries[item]
+            if entry.deadline <= now:
+                del self._entries[item]
+                due[item] = entry.deadline
+            else:
+                self._file(item, entry)
+        if not passing and self._next > now:
+            self._cursor = max(self._cursor, int(now))
         return sorted(due, key=due.__getitem__)
 
     def _file(self, item: T, entry: _Entry) -> None:
@@ -99,6 +117,9 @@ class TimerWheel(Generic[T]):
         self._next = min(self._next, wake)
 
     def _take_out(self, item: T, slot: int) -> None:
+        if item in self._passing:
+            del self._passing[item]
+            return
         items = self._slots[slot]
         assert items is not None
         del items[item]
