@@ -62,7 +62,7 @@ def allocate(server: Server, datagram: bytes, client: ClientAddress) -> None:
     server.handle_request(datagram, client, now=START, unix_now=UNIX_START)
     command = server.next_command()
     assert isinstance(command, OpenPort)
-    server.handle_port_opened(command.port, now=START)
+    server.handle_port_opened(command.port, {}, now=START)
     assert isinstance(server.next_command(), SendMessage)
     assert server.next_command() is None
 

@@ -117,6 +117,8 @@ def _manual_page(parser: ArgumentParser) -> str:
         "listen-buffer": str(LISTEN_BUFFER >> 20),
         "relay-buffer": str(PORT_BUFFER >> 10),
         "rate-burst": f"{ratelimit.BURST:g}",
+        "client-rate": f"{ratelimit.CLIENT_RATE:g}",
+        "client-burst": f"{ratelimit.CLIENT_BURST:g}",
         "stuck-after": f"{STUCK_AFTER:g}",
         "log-limit-burst": str(BURST),
         "log-limit-burst-of-all": str(BURST_OF_ALL),

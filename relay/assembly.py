@@ -158,6 +158,7 @@ def assemble(config: Config, on_portal_event: Callable[[PortalEvent], None]) -> 
 
 def settings_of(config: Config, max_sockets: int) -> Settings:
     """Return what the server is to know, at start and after a reload."""
+    quotas = config.quotas
     return Settings(
         public_hosts=config.public_hosts,
         ports=config.ports,
@@ -167,8 +168,10 @@ def settings_of(config: Config, max_sockets: int) -> Settings:
         max_channels=MAX_CHANNELS,
         channel_numbers=config.channel_numbers,
         one_allocation_per_username=config.allows_takeover,
-        max_allocations_per_username=config.max_allocations_per_username,
-        max_allocations_per_ip=config.max_allocations_per_ip,
+        max_allocations_per_username=quotas.allocations_per_user,
+        max_allocations_per_ip=quotas.allocations_per_ip,
+        max_channels_per_allocation=quotas.channels_per_allocation,
+        ignores_refused_peers=config.ignores_refused_peers,
         unauthenticated_rate_per_prefix=config.unauthenticated_rate_per_prefix,
         unauthenticated_rate=config.unauthenticated_rate,
         software=config.software,

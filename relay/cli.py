@@ -76,12 +76,33 @@ def _print_config(command: Command) -> None:
     config = command.config
     if command.token_source is not None:
         print(f"# token: from {command.token_source}")
-    if config.one_allocation_per_username is None:
-        word, why = (
+    quotas = config.quotas
+    for name, given, effective in (
+        ("refused-peers", config.ignore_refused_peers, _refusal(config)),
+        (
+            "one-allocation-per-username",
+            config.one_allocation_per_username,
             str(config.allows_takeover).lower(),
-            "without" if config.token is None else "with",
-        )
-        print(f"# one-allocation-per-username = {word} (default {why} a token)")
+        ),
+        (
+            "max-allocations-per-username",
+            config.max_allocations_per_username,
+            quotas.allocations_per_user or 0,
+        ),
+        ("max-allocations-per-ip", config.max_allocations_per_ip, quotas.allocations_per_ip or 0),
+        (
+            "max-channels-per-allocation",
+            config.max_channels_per_allocation,
+            quotas.channels_per_allocation or 0,
+        ),
+    ):
+        if given is None:
+            why = "without" if config.token is None else "with"
+            print(f"# {name} = {effective} (default {why} a token)")
+
+
+def _refusal(config: Config) -> str:
+    return "ignore" if config.ignores_refused_peers else "error"
 
 
 def _print_credential(config: Config, seconds: int) -> None:

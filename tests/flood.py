@@ -28,6 +28,7 @@ PORTS: Final = range(62000, 62256)  # for allocations; the kernel hands out none
 # Networks of their own: only unauthenticated clients are to exceed the rate of unsigned answers.
 UNAUTHENTICATED, USERS = "127.66.66.66", "127.77"
 NEVER: Final = 2**64 - 1  # when a credential expires
+ECHO: Final = 0x4000  # a channel that leads back to its client
 TIMES: Final = 4  # that each flood comes in a round
 # Bytes that a flooder may take of a queue, which has 416 KiB where nobody has set anything.
 QUEUE_SHARE: Final = 96 << 10
@@ -57,8 +58,8 @@ class Target:
         self._anchors = [
             TurnClient((at, port), *mint(NEVER, f"{kind} at {at}", secret)) for at in self.hosts
         ]
-        for anchor in self._anchors:
-            anchor.allocates(lifetime=3600)
+        for anchor, family in zip(self._anchors, Family, strict=True):
+            anchor.binds(ECHO, anchor.allocates(family, lifetime=3600))
 
     def sends(self, datagram: bytes, sock: socket.socket, *to: tuple[str, int]) -> None:
         """Send it when the relay has read enough of those before."""
@@ -71,9 +72,13 @@ class Target:
             sock.send(datagram)
 
     def has_read_all(self) -> None:
-        """Ask in both families: what was sent before that has been read when the answer comes."""
+        """Send oneself data in both families: when it comes back, what was before it has been read.
+
+        Requests would not do: of these one client may have only so many served.
+        """
         for anchor in self._anchors:
-            anchor.refreshes(3600)
+            anchor.sends(ECHO, b"")
+            assert anchor.receives() == (ECHO, b"")
         self._under_way = 0
 
     def leaves(self) -> None:

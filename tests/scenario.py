@@ -62,11 +62,14 @@ class Scenario:
         one_allocation_per_username: bool = False,
         max_allocations_per_username: int | None = None,
         max_allocations_per_ip: int | None = None,
+        max_channels_per_allocation: int | None = None,
+        ignores_refused_peers: bool = False,
         unauthenticated_rate_per_prefix: int = 0,
         unauthenticated_rate: int = 0,
         allow_peers: Iterable[str] = DOCUMENTATION,
         deny_peers: Iterable[str] = (),
         software: str | None = None,
+        authenticator: type[Authenticator] = Authenticator,
     ) -> None:
         both = {Family.IPV4: PUBLIC_IP4, Family.IPV6: PUBLIC_IP6}
         public_hosts = {family: both[family] for family in families}
@@ -86,13 +89,15 @@ class Scenario:
             one_allocation_per_username=one_allocation_per_username,
             max_allocations_per_username=max_allocations_per_username,
             max_allocations_per_ip=max_allocations_per_ip,
+            max_channels_per_allocation=max_channels_per_allocation,
+            ignores_refused_peers=ignores_refused_peers,
             unauthenticated_rate_per_prefix=unauthenticated_rate_per_prefix,
             unauthenticated_rate=unauthenticated_rate,
             software=software,
         )
         self.server = Server(
             self.settings,
-            authenticator=Authenticator(SECRET, rng.randbytes(32)),
+            authenticator=authenticator(SECRET, rng.randbytes(32)),
             peer_policy=_peer_policy(allow_peers, deny_peers),
             randbelow=rng.randrange,
             now=self.time.now,
@@ -112,9 +117,9 @@ class Scenario:
             is_relay_host=lambda host: host in public_hosts.values(),
         )
 
-    def client(self, address: str, user: str = "") -> "Client":
+    def client(self, address: str, user: str = "", expiry: int = FOREVER) -> "Client":
         """A client with credentials of its own, or of *user*, that never expire."""
-        return Client(self, parse(address), user or address)
+        return Client(self, parse(address), user or address, expiry)
 
     def peer(self, address: str) -> "Peer":
         return Peer(self, PeerAddress(parse(address)))
@@ -179,13 +184,13 @@ class Scenario:
 class Client:
     """A TURN client: asks, and hears the answers at once."""
 
-    def __init__(self, relay: Scenario, address: Address, user: str) -> None:
+    def __init__(self, relay: Scenario, address: Address, user: str, expiry: int) -> None:
         self._relay = relay
         host, port = address
         self.host_and_port = address
         full = address if family_of(host) is Family.IPV4 else (host, port, 0, 0)
         self.address = ClientAddress((full, b""))
-        self.username, self.password = mint(FOREVER, user, SECRET)
+        self.username, self.password = mint(expiry, user, SECRET)
         self._nonce: bytes | None = None
         self.relayed_addresses: list[Address] = []
 
@@ -395,6 +400,7 @@ class Network:
         self.opened: list[int] = []  # those of them that could be
         self.occupied: set[tuple[Family, int]] = set()  # held by other processes
         self.failure: int | None = None  # an errno with which every open fails
+        self.failing = set(Family)  # in these families
         self.is_full = False  # takes no datagram
         self.takes = 1000  # at most this many datagrams at once
         self.at_once: list[int] = []  # how many datagrams were sent in each call
@@ -404,7 +410,7 @@ class Network:
 
     def open_socket(self, family: Family, port: int, receiver: Receiver) -> "FakeSocket":
         self.tried.append(port)
-        if self.failure is not None:
+        if self.failure is not None and family in self.failing:
             raise OSError(self.failure, "as the test wants it")
         if (family, port) in self.occupied or (family, port) in self.sockets:
             raise OSError(errno.EADDRINUSE, "Address already in use")

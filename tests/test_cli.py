@@ -20,7 +20,7 @@ import pytest
 
 from relay.cli import main
 from relay.config.files import LONGEST_FILE
-from relay.config.model import ConfigError
+from relay.config.model import ConfigError, Quotas
 from relay.config.options import OPTIONS, Option
 from relay.config.reading import Command, read, reread
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
@@ -56,8 +56,10 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     ),
     "one-allocation-per-username": (("true", True), ("false", False)),
     "max-allocations": (("1", 1), ("100000", 100000)),
+    "refused-peers": (("error", False), ("ignore", True)),
     "max-allocations-per-username": (("1", 1), ("3", 3)),
-    "max-allocations-per-ip": (("1", 1), ("1000", 1000)),
+    "max-allocations-per-ip": (("0", 0), ("1000", 1000)),
+    "max-channels-per-allocation": (("0", 0), ("1000", 1000)),
     "unauthenticated-rate": (("0", 0), ("5000", 5000)),
     "unauthenticated-rate-per-prefix": (("0", 0), ("50", 50)),
     "channel-range": (("rfc5766", RFC5766_NUMBERS), ("rfc8656", RFC8656_NUMBERS)),
@@ -89,10 +91,12 @@ BAD: Final = {
     "relay-secret-file": "missing",
     "allow-peer": "10.0.0.1/8",
     "deny-peer": "example.com",
+    "refused-peers": "maybe",
     "one-allocation-per-username": "maybe",
     "max-allocations": "0",
     "max-allocations-per-username": "none",
-    "max-allocations-per-ip": "0",
+    "max-allocations-per-ip": "-1",
+    "max-channels-per-allocation": "many",
     "unauthenticated-rate": "-1",
     "unauthenticated-rate-per-prefix": "1.5",
     "channel-range": "rfc3489",
@@ -153,9 +157,9 @@ def test_what_is_not_given_has_its_default() -> None:
     assert (config.allow_peers, config.deny_peers) == ((), ())
     assert config.allows_takeover is False
     assert config.max_allocations is None
-    assert config.max_allocations_per_username is None
-    assert config.max_allocations_per_ip is None
-    assert (config.unauthenticated_rate, config.unauthenticated_rate_per_prefix) == (4000, 2000)
+    assert config.quotas == Quotas(256, 1024, 256)
+    assert config.ignores_refused_peers is False
+    assert (config.unauthenticated_rate, config.unauthenticated_rate_per_prefix) == (15000, 2000)
     assert (config.http_addr, config.http_addr_given) == (("127.0.0.1", 8080), False)
     assert config.harden == "auto"
     assert config.channel_numbers == range(0x4000, 0x5000)
@@ -887,14 +891,43 @@ def test_where_a_token_is_from_is_printed_as_a_comment(
 def test_a_token_that_an_option_names_needs_no_comment(cli: "Cli") -> None:
     flags = ["--token-file=secret", "--public-ip4-addr=192.0.2.1", "--one-allocation-per-username"]
 
-    assert "#" not in cli("-c", os.devnull, "--print-config", *flags).out
+    assert "# token" not in cli("-c", os.devnull, "--print-config", *flags).out
 
 
-def test_without_a_token_takeover_is_off_and_that_is_printed(cli: "Cli") -> None:
+def test_what_depends_on_a_token_is_printed_without_one_too(cli: "Cli") -> None:
     printed = cli("-c", os.devnull, "--print-config", PUBLIC_IP4_ADDR="192.0.2.1").out
 
-    assert printed.endswith("# one-allocation-per-username = false (default without a token)\n")
+    assert printed.endswith(
+        "# refused-peers = error (default without a token)\n"
+        "# one-allocation-per-username = false (default without a token)\n"
+        "# max-allocations-per-username = 256 (default without a token)\n"
+        "# max-allocations-per-ip = 1024 (default without a token)\n"
+        "# max-channels-per-allocation = 256 (default without a token)\n"
+    )
     assert "# token" not in printed
+
+
+def test_what_is_given_needs_no_comment(cli: "Cli") -> None:
+    given = ["--refused-peers=ignore", "--max-allocations-per-ip=0"]
+    printed = cli("-c", os.devnull, "--print-config", *given, PUBLIC_IP4_ADDR="192.0.2.1").out
+
+    assert "refused-peers = ignore\n" in printed
+    assert "# refused-peers" not in printed
+    assert "# max-allocations-per-ip" not in printed
+
+
+def test_with_a_token_nobody_is_limited_to_a_share() -> None:
+    """A portal knows whom it sends, and its gateways serve many."""
+    config = reads("--token-file=secret").config
+
+    assert config.quotas == Quotas(None, None, None)
+    assert config.ignores_refused_peers is True
+    given = reads("--token-file=secret", "--max-channels-per-allocation=9").config
+    assert given.quotas == Quotas(None, None, 9)
+
+
+def test_0_is_no_limit() -> None:
+    assert reads("--max-allocations-per-username=0").config.quotas == Quotas(None, 1024, 256)
 
 
 @pytest.mark.parametrize("flag", ["--print-config", "--check-config", "--mint=60"])

@@ -1,5 +1,6 @@
 """Relay ports on real sockets: what is opened is closed, and nothing of it is left."""
 
+import errno
 import gc
 import socket
 from collections.abc import Iterator
@@ -43,25 +44,44 @@ def test_nothing_of_a_port_is_left_to_the_garbage_collector(
     try:
         for _ in range(100):
             ports.open(number, BOTH)
-            ports.close(number)
+            ports.close(number, BOTH)
             reactor.close_retired()
         assert gc.collect() < 100  # of all that there is in this process
     finally:
         gc.enable()
 
 
-def test_both_families_or_none(ports: RelayPorts) -> None:
+def test_a_family_that_cannot_be_bound_is_told_and_the_other_stays(ports: RelayPorts) -> None:
     number = free_port()
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as other:
         other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         other.bind(("::1", number))
-        with pytest.raises(OSError, match="in use"):
-            ports.open(number, BOTH)
-    assert ports.at(("127.0.0.1", number)) is None
+        failures = ports.open(number, BOTH)
+    assert {family: error.errno for family, error in failures.items()} == {
+        Family.IPV6: errno.EADDRINUSE
+    }
+    assert ports.at(("127.0.0.1", number)) is ports[number]
+    assert ports.at(("::1", number)) is None
+    ports.close(number, (Family.IPV4,))
 
-    ports.open(number, BOTH)  # the first one's IPv4 socket does not hold it any more
+    assert ports.open(number, BOTH) == {}
     assert ports.at(("127.0.0.1", number)) is ports.at(("::1", number)) is ports[number]
     ports.close_all()
+
+
+def test_a_port_may_be_closed_in_one_family(ports: RelayPorts) -> None:
+    number, ended = free_port(), []
+    ports.on_last_closed = lambda: ended.append(True)
+    ports.open(number, BOTH)
+
+    ports.close(number, (Family.IPV6,))
+    assert ports.at(("127.0.0.1", number)) is ports[number]
+    assert ports.at(("::1", number)) is None
+    assert not ended
+
+    ports.close(number, (Family.IPV4,))
+    assert ports.at(("127.0.0.1", number)) is None
+    assert ended
 
 
 def test_what_comes_from_a_port_of_ours_is_known(ports: RelayPorts) -> None:

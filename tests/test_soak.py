@@ -31,7 +31,9 @@ from tests.process import TIMEOUT, RelayProcess, Stopped, environment, free_port
 from tests.turnclient import Peer, TurnClient
 
 SOAK: Final = 30.0  # seconds, and the rest of a round
-WARM_UP: Final = 2  # rounds, after which memory must not grow
+# Rounds, after which memory must not grow. By then some thousand allocations have come and gone, and
+# what is remembered of the last ones (relay.turn.ended) has reached its bound, nearly.
+WARM_UP: Final = 3
 FEWEST_ROUNDS: Final = WARM_UP + 3
 BETWEEN_DISTURBANCES: Final = 100  # exchanges of each pair
 FEWEST_EXCHANGES: Final = 3 * BETWEEN_DISTURBANCES  # of each pair, in a round
@@ -43,7 +45,7 @@ MOST_LINES: Final = 200  # in the log, per interval of its rate limit
 HELD: Final = PORTS[::4]  # by others, in IPv4
 ALLOCATIONS: Final = 2 * (1 + len(FLOODS))  # those of the pairs and of each flooder
 
-RATE: Final = "unauthenticated-rate-per-prefix = 50\n"
+RATE: Final = "unauthenticated-rate-per-prefix = 200\nrefused-peers = error\n"
 CONFIGURATIONS: Final = ("deny-peer = everybody\n", RATE, f"{RATE}deny-peer = 127.0.0.2/32\n")
 WRONG_RELOAD: Final = "not reloaded, all stays as it was: deny-peer 'everybody'"
 
@@ -135,7 +137,7 @@ def soak(
             before, metrics = metrics, settled_metrics(http, pairs[0])
             fallen = [name for name in before if is_total(name) and metrics[name] < before[name]]
             assert fallen == []
-            assert metrics["relay_channels"] == len(pairs)
+            assert metrics["relay_channels"] == ALLOCATIONS  # one of each that stays
             assert metrics["relay_bugs_total"] == metrics["relay_portal_reconnects_total"] == 0
             assert metrics["relay_ready"] == metrics["relay_portal_connected"] == 1
             wait_for(lambda: count_descriptors(relay), descriptors)

@@ -91,9 +91,55 @@ def test_the_same_request_again_gets_the_same_success(relay: Scenario) -> None:
     asked = alice.signed(Method.ALLOCATE, UDP, (Attr.LIFETIME, 1000))
 
     first = alice.hears(asked)
-    relay.passes(seconds=2)
     assert alice.hears(asked).datagram == first.datagram
+    relay.passes(seconds=2.5)
+    again = alice.hears(asked)
+    assert again.get_all(Attr.XOR_RELAYED_ADDRESS) == first.get_all(Attr.XOR_RELAYED_ADDRESS)
+    assert again.get(Attr.LIFETIME) == 998  # what is left, in whole seconds
     assert len(relay.network.opened) == 1
+
+
+@pytest.mark.parametrize("seconds", [0, 39])
+def test_an_allocate_that_arrives_again_after_its_allocation_makes_no_other(
+    relay: Scenario, seconds: float
+) -> None:
+    """Nobody would own it, and its client would be told 437 until it expires."""
+    alice = relay.client("192.0.2.10:5000")
+    asked = alice.signed(Method.ALLOCATE, UDP)
+    alice.sends(asked)
+    alice.refreshes(lifetime=0)
+    relay.passes(seconds)
+
+    answer = alice.hears(asked)
+    assert (answer.code, answer.signed) == (437, True)
+    assert relay.server.allocations == 0
+    alice.allocates()
+
+
+def test_an_allocate_that_arrives_again_after_a_takeover_ends_nothing() -> None:
+    relay = Scenario(one_allocation_per_username=True)
+    before = relay.client("192.0.2.10:5000", user="alice")
+    asked = before.signed(Method.ALLOCATE, UDP)
+    before.sends(asked)
+    roamed = relay.client("192.0.2.11:5000", user="alice").allocates()
+
+    assert before.hears(asked).code == 437
+    assert roamed.refreshes().code is None
+
+
+def test_a_recorded_allocate_does_not_take_over() -> None:
+    """Its nonce is older than that of the allocation: the client itself would get a new one."""
+    relay = Scenario(one_allocation_per_username=True)
+    before = relay.client("192.0.2.10:5000", user="alice")
+    never_arrived = before.signed(Method.ALLOCATE, UDP)
+    relay.passes(seconds=600)
+    roamed = relay.client("192.0.2.11:5000", user="alice").allocates()
+
+    answer = before.hears(never_arrived)
+    assert (answer.code, answer.signed) == (438, True)
+    assert roamed.refreshes().code is None
+    before.allocates()  # which begins with a 438, and a nonce of now
+    assert roamed.refreshes().code == 437
 
 
 def test_another_allocate_on_the_same_5_tuple_is_a_mismatch(relay: Scenario) -> None:
@@ -238,6 +284,53 @@ def test_both_families_of_a_dual_allocation_must_be_free() -> None:
     assert set(relay.network.sockets) == {(V4, 50002), (V6, 50002)}
 
 
+@pytest.mark.parametrize("family", [V4, V6])
+@pytest.mark.parametrize("error", [errno.EADDRNOTAVAIL, errno.EMFILE, errno.EAFNOSUPPORT])
+def test_a_family_that_cannot_be_bound_is_not_had_and_the_other_is(
+    relay: Scenario, family: Family, error: int
+) -> None:
+    """Firezone's clients always ask for both. RFC 8656 §18.12."""
+    relay.network.failure, relay.network.failing = error, {family}
+    alice = relay.client("192.0.2.10:5000")
+    answer = alice.asks(Method.ALLOCATE, UDP, (Attr.ADDITIONAL_ADDRESS_FAMILY, V6))
+
+    (address,) = answer.get_all(Attr.XOR_RELAYED_ADDRESS)
+    assert address[0] == (PUBLIC_IP6 if family is V4 else PUBLIC_IP4)
+    assert answer.get(Attr.ADDRESS_ERROR_CODE) == (family, 508, "Insufficient Capacity")
+    assert len(relay.network.tried) == 2, "of one port: another one would do no better"
+    assert alice.refreshes(lifetime=0).code is None
+    assert relay.network.sockets == {}
+
+
+def test_a_single_family_that_cannot_be_bound_is_508(relay: Scenario) -> None:
+    relay.network.failure, relay.network.failing = errno.EADDRNOTAVAIL, {V6}
+    alice = relay.client("192.0.2.10:5000")
+
+    assert alice.asks(Method.ALLOCATE, UDP, (Attr.REQUESTED_ADDRESS_FAMILY, V6)).code == 508
+    alice.allocates()
+
+
+def test_what_is_missing_is_said_again_with_the_success(relay: Scenario) -> None:
+    relay.network.failure, relay.network.failing = errno.EADDRNOTAVAIL, {V6}
+    alice = relay.client("192.0.2.10:5000")
+    asked = alice.signed(Method.ALLOCATE, UDP, (Attr.ADDITIONAL_ADDRESS_FAMILY, V6))
+
+    assert alice.hears(asked).datagram == alice.hears(asked).datagram
+
+
+def test_if_no_port_is_free_in_both_families_there_is_one_of_one() -> None:
+    relay = Scenario(ports=range(50000, 50004))
+    relay.network.occupied = {(V6, port) for port in range(50000, 50004)}
+    answer = relay.client("192.0.2.10:5000").asks(
+        Method.ALLOCATE, UDP, (Attr.ADDITIONAL_ADDRESS_FAMILY, V6)
+    )
+
+    assert [host for host, _ in answer.get_all(Attr.XOR_RELAYED_ADDRESS)] == [PUBLIC_IP4]
+    assert answer.get(Attr.ADDRESS_ERROR_CODE) == (V6, 508, "Insufficient Capacity")
+    assert len(relay.network.sockets) == 1
+    relay.server.check()
+
+
 def test_after_some_occupied_ports_the_client_is_told() -> None:
     relay = Scenario(ports=range(50000, 50100))
     relay.network.occupied = {(V4, port) for port in range(50000, 50100)}
@@ -279,8 +372,9 @@ def test_no_more_sockets_than_there_are_descriptors_for() -> None:
     dual = (Attr.ADDITIONAL_ADDRESS_FAMILY, V6)
     alice = relay.client("192.0.2.10:5000").allocates(dual)
     bob = relay.client("192.0.2.11:5000")
-    assert bob.asks(Method.ALLOCATE, UDP, dual).code == 508
-    bob.allocates()
+    answer = bob.asks(Method.ALLOCATE, UDP, dual)
+    assert answer.get(Attr.ADDRESS_ERROR_CODE) == (V6, 508, "Insufficient Capacity")
+    assert tries_to_allocate(relay.client("192.0.2.12:5000")).code == 508
 
     alice.refreshes(lifetime=0)
     relay.client("192.0.2.12:5000").allocates(dual)

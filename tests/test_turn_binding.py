@@ -1,10 +1,13 @@
 """What a datagram is, and the Binding method. RFC 8489 §6.3, RFC 8656 §12."""
 
+from collections import defaultdict
+
 import pytest
 
 from relay.stun.attributes import Attr, Attribute, Coding
 from relay.stun.const import UDP_PROTOCOL, Kind, Method
 from relay.stun.message import Message
+from relay.stun.raw import MAX_ATTRIBUTES
 from relay.turn.auth import REALM
 from relay.turn.channeldata import RFC5766_NUMBERS
 from relay.turn.commands import ClientAddress
@@ -62,9 +65,9 @@ def test_a_request_with_a_fingerprint_gets_one_in_its_answer(relay: Scenario) ->
 def test_software_is_named_only_when_configured(relay: Scenario) -> None:
     proud = Scenario(software="a relay")
     for method in (Method.BINDING, Method.ALLOCATE):
-        bare = request(method).encode()
-        assert relay.client("192.0.2.10:5000").hears(bare).get(Attr.SOFTWARE) is None
-        assert proud.client("192.0.2.10:5000").hears(bare).get(Attr.SOFTWARE) == "a relay"
+        long_enough = request(method, (Attr.SOFTWARE, "a client with much to say")).encode()
+        assert relay.client("192.0.2.10:5000").hears(long_enough).get(Attr.SOFTWARE) is None
+        assert proud.client("192.0.2.10:5000").hears(long_enough).get(Attr.SOFTWARE) == "a relay"
 
 
 _NO_STUN = request(Method.BINDING).encode()
@@ -167,6 +170,11 @@ def test_another_method_is_a_bad_request_to_anyone(relay: Scenario, method: int)
     assert answer.attributes == {Attr.ERROR_CODE}
 
 
+def raw_attributes(body: bytes) -> list[tuple[Attribute[bytes], bytes]]:
+    """One attribute, or none, of its bytes."""
+    return [(_raw(int.from_bytes(body[:2], "big")), body[4:])] if body else []
+
+
 def _raw(attribute_type: int) -> Attribute[bytes]:
     """An attribute with any bytes as its value."""
     return Attribute(attribute_type, "raw", Coding(lambda v, _: v, lambda v, _: v))
@@ -198,6 +206,9 @@ READ_BY: dict[int, set[int]] = {
     Method.CREATE_PERMISSION: {0x0012},
     Method.CHANNEL_BIND: {0x000C, 0x0012},
 }
+UNKNOWN_FAMILY: defaultdict[int, int | None] = defaultdict(
+    lambda: None, {Method.ALLOCATE: 440, Method.REFRESH: 443}
+)
 READ_TO_AUTHENTICATE = {0x0006, 0x0008, 0x0014}
 
 every_method = pytest.mark.parametrize("method", READ_BY)
@@ -222,7 +233,8 @@ def test_what_a_method_reads_must_make_sense(
     is_read = attribute_type in READ_BY[method]
     if method is not Method.BINDING:
         is_read |= attribute_type in READ_TO_AUTHENTICATE
-    assert answer.code == (400 if is_read else None)
+    code = UNKNOWN_FAMILY[method] if attribute_type in {0x0017, 0x8000} else 400
+    assert answer.code == (code if is_read else None)
 
 
 @every_method
@@ -282,9 +294,43 @@ def test_the_older_channel_range_widens_what_counts_as_channel_data() -> None:
     assert relay.dropped() == {"unknown_protocol": 1}
 
 
-def test_thousands_of_unknown_attributes_cost_little_and_are_not_all_named(relay: Scenario) -> None:
-    """One unauthenticated datagram must not keep the relay busy, nor earn a large answer."""
-    many = [(_raw(0x4000 + number), b"") for number in range(500)]
+def test_many_unknown_attributes_are_not_all_named(relay: Scenario) -> None:
+    many = [(_raw(0x4000 + number), b"") for number in range(MAX_ATTRIBUTES)]
     answer = relay.client("192.0.2.10:5000").hears(request(Method.BINDING, *many).encode())
 
     assert answer.get(Attr.UNKNOWN_ATTRIBUTES) == tuple(range(0x4000, 0x4000 + 32))
+
+
+@pytest.mark.parametrize("method", [Method.BINDING, Method.ALLOCATE])
+def test_more_attributes_than_anybody_needs_are_malformed(relay: Scenario, method: int) -> None:
+    """One unauthenticated datagram must not keep the relay busy."""
+    many = [(_raw(0xC000 + number), b"") for number in range(MAX_ATTRIBUTES + 1)]
+    relay.client("192.0.2.10:5000").sends(request(method, *many).encode())
+
+    assert relay.sent() == []
+    assert relay.dropped() == {"malformed_stun": 1}
+
+
+@pytest.mark.parametrize("software", [None, "a relay whose name is longer than any answer may be"])
+@pytest.mark.parametrize("fingerprinted", [False, True])
+@pytest.mark.parametrize("body", [b"", b"\x80\x22\0\0", b"\x00\x19\0\x04\x11\0\0\0"])
+@pytest.mark.parametrize("address", ["192.0.2.10:5000", "[2001:db8::10]:5000"])
+@pytest.mark.parametrize("method", [*Method, 0x0FF])
+def test_no_answer_has_more_than_three_times_the_size_of_a_request_that_proves_nothing(
+    method: int, address: str, body: bytes, fingerprinted: bool, software: str | None
+) -> None:
+    relay = Scenario(software=software)
+    asked = request(method, *raw_attributes(body)).encode(fingerprinted=fingerprinted)
+    answer = relay.client(address).hears(asked)
+
+    assert len(answer.datagram) <= 3 * len(asked)
+    assert answer.received.fingerprinted is fingerprinted
+
+
+def test_even_a_bare_header_gets_realm_and_nonce(relay: Scenario) -> None:
+    asked = request(Method.ALLOCATE).encode()
+    answer = relay.client("192.0.2.10:5000").hears(asked)
+
+    assert len(asked) == 20
+    assert len(answer.datagram) == 60
+    assert answer.attributes == {Attr.ERROR_CODE, Attr.REALM, Attr.NONCE}

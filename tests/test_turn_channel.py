@@ -166,10 +166,29 @@ def test_forbidden_peers(relay: Scenario, peer: tuple[str, int]) -> None:
 def test_a_refused_peer_is_logged_with_the_rule_and_the_flag(
     relay: Scenario, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     alice = relay.client("192.0.2.10:5000").allocates()
     alice.tries_to_bind(0x4000, ("10.0.0.1", 9000))
 
     assert "10.0.0.0/8 is private; --allow-peer 10.0.0.0/8 would allow it" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_refused_peers_are_counted_and_logged_once_a_minute_for_each_rule(
+    relay: Scenario, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ICE offers private addresses in every session."""
+    caplog.set_level("INFO")
+    alice = relay.client("192.0.2.10:5000").allocates()
+    for number in range(100):
+        alice.tries_to_bind(0x4000, ("10.0.0.1", 9000 + number))
+    alice.tries_to_bind(0x4000, ("192.168.0.1", 9000))
+    assert len(caplog.records) == 2
+
+    relay.passes(seconds=60)
+    alice.tries_to_bind(0x4000, ("10.0.0.1", 9000))
+    assert len(caplog.records) == 3
+    assert sorted(relay.server.refused_peers.values()) == [1, 101]
 
 
 def test_operators_may_open_and_close_what_they_like() -> None:

@@ -41,7 +41,9 @@ def test_the_port_of_a_permission_does_not_count(relay: Scenario) -> None:
         pytest.param([("2001:db8::7", 9000)], 443, id="family not allocated"),
         pytest.param([("10.0.0.1", 9000)], 403, id="forbidden"),
         pytest.param([("10.0.0.1", 0)], 403, id="forbidden, without a port"),
-        pytest.param([(PUBLIC_IP4, LISTEN_PORT)], 403, id="the relay itself"),
+        pytest.param([(PUBLIC_IP4, LISTEN_PORT)], None, id="an allocation here, perhaps"),
+        pytest.param([(f"198.51.100.{n}", 1) for n in range(16)], None, id="16 peers"),
+        pytest.param([(f"198.51.100.{n}", 1) for n in range(17)], 400, id="17 peers"),
         pytest.param([("198.51.100.7", 1), ("10.0.0.1", 1)], 403, id="one of two forbidden"),
         pytest.param([("198.51.100.7", 1), ("2001:db8::7", 1)], 443, id="one of two mismatched"),
         pytest.param([("198.51.100.7", 1), ("198.51.100.8", 1)], None, id="two good ones"),
@@ -52,6 +54,31 @@ def test_all_or_nothing(relay: Scenario, peers: list[tuple[str, int]], code: int
     answer = alice.asks(Method.CREATE_PERMISSION, *((PEER, peer) for peer in peers))
 
     assert (answer.code, answer.signed) == (code, True)
+
+
+def test_more_peers_than_attributes_are_read_are_malformed(relay: Scenario) -> None:
+    alice = relay.client("192.0.2.10:5000").allocates()
+    peers = [(PEER, (f"198.51.100.{number}", 1)) for number in range(150)]
+    relay.sent()
+    alice.sends(alice.signed(Method.CREATE_PERMISSION, *peers))
+
+    assert relay.sent() == []
+    assert relay.dropped() == {"malformed_stun": 1}
+
+
+@pytest.mark.parametrize("port", [0, 1, LISTEN_PORT, 49152, 65535])
+def test_a_permission_does_not_tell_which_ports_are_lent(relay: Scenario, port: int) -> None:
+    alice = relay.client("192.0.2.10:5000").allocates()
+
+    assert alice.asks(Method.CREATE_PERMISSION, (PEER, (PUBLIC_IP4, port))).code is None
+
+
+def test_where_refusals_are_to_be_ignored_a_forbidden_peer_is_a_success() -> None:
+    relay = Scenario(ignores_refused_peers=True)
+    alice = relay.client("192.0.2.10:5000").allocates()
+
+    assert alice.asks(Method.CREATE_PERMISSION, (PEER, ("10.0.0.1", 1))).code is None
+    assert sum(relay.server.refused_peers.values()) == 1
 
 
 def test_without_an_allocation_it_is_a_mismatch(relay: Scenario) -> None:

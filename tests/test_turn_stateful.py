@@ -61,10 +61,11 @@ class Model:
         return None
 
     def refreshes(self, client: str, user: str, lifetime: int) -> int | None:
+        if lifetime == 0:  # anybody's to end, who has the 5-tuple
+            return None if self.allocations.pop(client, None) else 437
         code = self._rejects(client, user)
         if code is None:
             self.allocations[client].ends = self.now + lifetime
-            self.passes(0)
         return code
 
     def binds(self, client: str, user: str, number: int, peer: str) -> int | None:

@@ -25,6 +25,7 @@ _firezone_relay() {
             compopt -o default # the names of files
             return
             ;;
+        --refused-peers) words='error ignore' ;;
         --log-format) words='human json' ;;
         --log-level) words='debug info warning error' ;;
         --harden) words='auto require off' ;;
@@ -37,12 +38,12 @@ _firezone_relay() {
         -h | --help | [!-]*)
             words='--public-ip4-addr --public-ip6-addr --bind-ip4-addr --bind-ip6-addr --listen-port
             --lowest-port --highest-port --token-file --api-url --name --relay-secret-file
-            --mint --allow-peer --deny-peer --one-allocation-per-username
+            --mint --allow-peer --deny-peer --refused-peers --one-allocation-per-username
             --no-one-allocation-per-username --max-allocations --max-allocations-per-username
-            --max-allocations-per-ip --unauthenticated-rate --unauthenticated-rate-per-prefix
-            --log-format --log-level --http-addr --harden --drain-timeout --channel-range
-            --offload --software --rng-seed -c --config --check-config --print-config --version
-            -h --help'
+            --max-allocations-per-ip --max-channels-per-allocation --unauthenticated-rate
+            --unauthenticated-rate-per-prefix --log-format --log-level --http-addr --harden
+            --drain-timeout --channel-range --offload --software --rng-seed -c --config
+            --check-config --print-config --version -h --help'
             ;;
     esac
     mapfile -t COMPREPLY < <(compgen -P "$before" -W "$words" -- "$word")

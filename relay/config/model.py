@@ -1,6 +1,7 @@
 """``Config``: what the operator wants, checked once when it is built, trusted afterwards."""
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from relay.stun.address import Address, format_endpoint
 from relay.stun.const import Family
@@ -8,6 +9,21 @@ from relay.stun.const import Family
 
 class ConfigError(ValueError):
     """The configuration is wrong. The text names the option, the value and where it is from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """How much one of the many may take, so that the others have something left. None: no limit."""
+
+    allocations_per_user: int | None
+    allocations_per_ip: int | None  # for IPv6, per /64
+    channels_per_allocation: int | None
+
+
+# Without a portal anybody may have a credential: these are shares of 1/64 and 1/16 of the ports,
+# and of a quarter of the channels for one user, which nobody needs who only makes calls. A portal
+# knows whom it sends: one user has one allocation, and a gateway a channel to each of its clients.
+STANDALONE_QUOTAS: Final = Quotas(256, 1024, 256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +48,11 @@ class Config:
     deny_peers: tuple[str, ...]
     one_allocation_per_username: bool | None  # None: as the portal's presence says
     max_allocations: int | None  # None: as many as ports and descriptors allow
-    max_allocations_per_username: int | None
-    max_allocations_per_ip: int | None  # for IPv6, per /64
-    unauthenticated_rate: int  # answers per second; 0: no limit
+    max_allocations_per_username: int | None  # 0: no limit. None: as the portal's presence says
+    max_allocations_per_ip: int | None  # likewise; for IPv6, per /64
+    max_channels_per_allocation: int | None  # likewise
+    ignore_refused_peers: bool | None  # None: as the portal's presence says
+    unauthenticated_rate: int  # requests per second; 0: no limit
     unauthenticated_rate_per_prefix: int  # likewise
     channel_numbers: range
     log_format: str
@@ -68,6 +86,23 @@ class Config:
         return self.one_allocation_per_username
 
     @property
+    def ignores_refused_peers(self) -> bool:
+        """Whether a client that asks for a forbidden peer hears "success"."""
+        if self.ignore_refused_peers is None:
+            return self.token is not None
+        return self.ignore_refused_peers
+
+    @property
+    def quotas(self) -> Quotas:
+        """What one user, one address and one allocation may take."""
+        default = Quotas(None, None, None) if self.token is not None else STANDALONE_QUOTAS
+        return Quotas(
+            _quota(self.max_allocations_per_username, default.allocations_per_user),
+            _quota(self.max_allocations_per_ip, default.allocations_per_ip),
+            _quota(self.max_channels_per_allocation, default.channels_per_allocation),
+        )
+
+    @property
     def ports(self) -> range:
         """The ports for allocations."""
         return range(self.lowest_port, self.highest_port + 1)
@@ -91,6 +126,10 @@ class Config:
             f"turn:{format_endpoint(host, self.listen_port)}?transport=udp"
             for host in self.public_hosts.values()
         ]
+
+
+def _quota(given: int | None, default: int | None) -> int | None:
+    return default if given is None else given or None
 
 
 @dataclass(frozen=True, slots=True)

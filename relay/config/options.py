@@ -195,6 +195,17 @@ OPTIONS: Final = (
         reloads=True,
     ),
     Option(
+        "refused-peers",
+        "REFUSED_PEERS",
+        choice(error=False, ignore=True),
+        "what a client hears that asks for a peer it may not reach: error is a 403, ignore a "
+        "success by which nothing is relayed (default: ignore with a portal, else error)",
+        PEERS,
+        metavar="ANSWER",
+        field="ignore_refused_peers",
+        reloads=True,
+    ),
+    Option(
         "one-allocation-per-username",
         "ONE_ALLOCATION_PER_USERNAME",
         switch,
@@ -217,8 +228,9 @@ OPTIONS: Final = (
     Option(
         "max-allocations-per-username",
         "MAX_ALLOCATIONS_PER_USERNAME",
-        number(1, None, "a number from 1 up"),
-        "most allocations of one username at a time (default: no limit)",
+        number(0, None, "a number"),
+        "most allocations of one user at a time, by what follows the expiry in the username; 0 is "
+        "no limit (default: 256, with a portal no limit)",
         LIMITS,
         metavar="NUMBER",
         field="max_allocations_per_username",
@@ -227,22 +239,34 @@ OPTIONS: Final = (
     Option(
         "max-allocations-per-ip",
         "MAX_ALLOCATIONS_PER_IP",
-        number(1, None, "a number from 1 up"),
+        number(0, None, "a number"),
         "most allocations of clients at one address, of IPv6 in one /64, at a time; everyone "
-        "behind one NAT has one address (default: no limit)",
+        "behind one NAT has one address; 0 is no limit (default: 1024, with a portal no limit)",
         LIMITS,
         metavar="NUMBER",
         field="max_allocations_per_ip",
         reloads=True,
     ),
     Option(
+        "max-channels-per-allocation",
+        "MAX_CHANNELS_PER_ALLOCATION",
+        number(0, None, "a number"),
+        "most channels of one allocation at a time; 0 is no limit (default: 256, with a portal no "
+        "limit)",
+        LIMITS,
+        metavar="NUMBER",
+        field="max_channels_per_allocation",
+        reloads=True,
+    ),
+    Option(
         "unauthenticated-rate",
         "UNAUTHENTICATED_RATE",
-        number(0, 10**9, "a number of answers per second"),
-        "most answers per second to requests that prove no credential; what comes beyond that, "
-        "and beyond a burst, is met with silence; 0 is no limit",
+        number(0, 10**9, "a number of requests per second"),
+        "most requests per second that are served to clients without an allocation, a signed one "
+        "counting twice; what comes beyond that, and beyond a burst, is met with silence; 0 is no "
+        "limit",
         LIMITS,
-        default="4000",
+        default="15000",
         metavar="RATE",
         field="unauthenticated_rate",
         reloads=True,
@@ -250,7 +274,7 @@ OPTIONS: Final = (
     Option(
         "unauthenticated-rate-per-prefix",
         "UNAUTHENTICATED_RATE_PER_PREFIX",
-        number(0, 10**9, "a number of answers per second"),
+        number(0, 10**9, "a number of requests per second"),
         "the same for each /24 of IPv4 and /56 of IPv6",
         LIMITS,
         default="2000",

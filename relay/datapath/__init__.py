@@ -3,7 +3,7 @@
 ====================  ===================================================================
 ``clientside``        what clients send: ChannelData goes to its peer, STUN to the server
 ``relayport``         what peers send to a relay port: it goes to the client that has it
-``routes``            which channel leads where; written by two commands only
+``routes``            which channel leads where; written by three commands only
 ``hairpin``           from one allocation of this relay to another, inside the process
 ``control``           drives the server: requests and time go in, commands are carried out
 ``destination``       how somebody is reached
@@ -13,5 +13,6 @@
 
 A relayed datagram is one look into a table of routes and one call. The server is not involved:
 it wrote the route when the channel was bound, by ``BindChannel``, and removes it by
-``UnbindChannel``, so whatever is not bound right now is not relayed.
+``UnbindChannel``, or with the port by ``ClosePort``. So whatever is not bound right now is not
+relayed.
 """

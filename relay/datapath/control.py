@@ -89,7 +89,7 @@ class Control:
                 case OpenPort():
                     self._open(command.port, command.families)
                 case ClosePort():
-                    self._ports.close(command.port)
+                    self._routes.close_port(command)
                 case BindChannel():
                     self._routes.bind(command)
                 case UnbindChannel():
@@ -104,16 +104,16 @@ class Control:
 
     def _open(self, number: int, families: tuple[Family, ...]) -> None:
         """Open a relay port, then tell the server how it went."""
+        # Unless it goes well: a bug must not leave the server waiting for its answer.
+        failures = dict.fromkeys(families, PortFailure.REFUSED)
         try:
-            self._ports.open(number, families)
-        except OSError as error:
-            in_use = error.errno in _TRY_ANOTHER_PORT
-            if error.errno != errno.EADDRINUSE:
-                logger.warning("cannot open relay port %d: %s", number, error.strerror)
-            failure = PortFailure.IN_USE if in_use else PortFailure.REFUSED
-            self._server.handle_port_failed(number, failure)
-        except BaseException:  # a bug, which must not leave the server waiting for its answer
-            self._server.handle_port_failed(number, PortFailure.REFUSED)
-            raise
-        else:
-            self._server.handle_port_opened(number, now=self._timers.clock())
+            errors = self._ports.open(number, families)
+            failures = {family: _port_failure(number, error) for family, error in errors.items()}
+        finally:
+            self._server.handle_port_opened(number, failures, now=self._timers.clock())
+
+
+def _port_failure(number: int, error: OSError) -> PortFailure:
+    if error.errno != errno.EADDRINUSE:
+        logger.warning("cannot open relay port %d: %s", number, error.strerror)
+    return PortFailure.IN_USE if error.errno in _TRY_ANOTHER_PORT else PortFailure.REFUSED

@@ -38,8 +38,7 @@ class Hairpin:
         """Hand a datagram to the other allocation; see :meth:`Destination.send`."""
         port = self._ports.at(self._peer)
         if port is not None:
-            port.relay(datagram, self._relayed_address)
-            return True
+            return port.relay(datagram, self._relayed_address)
         if self._outside is not None:
             return self._outside.send(datagram)
         self._workspace.drop(Drop.PEER_IS_GONE)

@@ -46,14 +46,21 @@ class RelayPort:
         self._routes: dict[PeerAddress, int] = {}  # the client's channel number for each peer
         self._client: Destination  # there is one once there is a route: the same for all of them
 
-    def open(self, open_socket: OpenSocket, number: int, families: Iterable[Family]) -> None:
-        """Bind the port in each family, all or none. Raises OSError."""
+    def open(
+        self, open_socket: OpenSocket, number: int, families: Iterable[Family]
+    ) -> dict[Family, OSError]:
+        """Bind the port in each family that it can be bound in; return what failed."""
+        failures: dict[Family, OSError] = {}
         try:
             for family in families:
-                self._sockets[family] = open_socket(family, number, self)
+                try:
+                    self._sockets[family] = open_socket(family, number, self)
+                except OSError as error:
+                    failures[family] = error
         except BaseException:
             self.close()
             raise
+        return failures
 
     def is_open_in(self, family: Family) -> bool:
         """Tell if the port is bound in a family."""
@@ -73,15 +80,20 @@ class RelayPort:
         """Relay nothing from *peer* any more."""
         del self._routes[peer]
 
-    def on_datagram(self, size: int, peer: PeerAddress) -> None:
-        """Relay a datagram whose *size* bytes lie in the buffer, behind room for the header."""
+    def on_datagram(self, size: int, peer: PeerAddress) -> bool:
+        """Relay a datagram whose *size* bytes lie in the buffer, behind room for the header.
+
+        Returns whether it was relayed.
+        """
         number = self._routes.get(peer)
         if number is None:
             self._workspace.drop(Drop.UNBOUND_PEER)
-            return
+            return False
         _pack_into(self._buffer, 0, number, size)
         if self._client.send(self._framed[HEADER_SIZE + size]):
             self._sizes[size] += 1
+            return True
+        return False
 
     def on_segments(self, size: int, segment: int, peer: PeerAddress) -> int:
         """Relay datagrams whose *size* bytes lie in the buffer, behind room for one header.
@@ -96,11 +108,11 @@ class RelayPort:
             self.relay(payload, peer)
         return len(payloads) - relayed
 
-    def relay(self, payload: memoryview | bytes, peer: PeerAddress) -> None:
-        """Relay a payload that may lie anywhere."""
+    def relay(self, payload: memoryview | bytes, peer: PeerAddress) -> bool:
+        """Relay a payload that may lie anywhere; return whether it was relayed."""
         size = len(payload)
         self._workspace.for_peers[:size] = payload
-        self.on_datagram(size, peer)
+        return self.on_datagram(size, peer)
 
     def relay_many(self, payloads: Pieces, size: int, peer: PeerAddress) -> int:
         """Relay payloads of *size* bytes at once; the last may be shorter, none is empty.
@@ -116,6 +128,17 @@ class RelayPort:
         sent = self._client.send_many(pieces, 2, HEADER_SIZE + size)
         self._workspace.count_many(self._sizes, sent, payloads, size)
         return sent
+
+    def close_in(self, families: Iterable[Family], peers: Iterable[PeerAddress]) -> bool:
+        """Give up the port in some families, with the routes from *peers*, which are in these.
+
+        Returns whether it is open in another one.
+        """
+        for family in families:
+            self._sockets.pop(family).close()
+        for peer in peers:
+            del self._routes[peer]
+        return bool(self._sockets)
 
     def close(self) -> None:
         """Give up the port in every family."""
@@ -154,15 +177,20 @@ class RelayPorts:
         """Tell if what comes from *address* was sent by one of these ports."""
         return self.at(address) is not None and self._is_relay_host(address[0])
 
-    def open(self, number: int, families: Iterable[Family]) -> None:
-        """Bind a port in each family, all or none. Raises OSError."""
+    def open(self, number: int, families: tuple[Family, ...]) -> dict[Family, OSError]:
+        """Bind a port in each family that it can be bound in; return what failed."""
         port = RelayPort(self._workspace)
-        port.open(self._open_socket, number, families)
-        self._ports[number] = port
+        failures = port.open(self._open_socket, number, families)
+        if len(failures) < len(families):
+            self._ports[number] = port
+        return failures
 
-    def close(self, number: int) -> None:
-        """Give up a port."""
-        self._ports.pop(number).close()
+    def close(
+        self, number: int, families: Iterable[Family], peers: Iterable[PeerAddress] = ()
+    ) -> None:
+        """Give up a port in some families, with the routes from *peers*, which are in these."""
+        if not self._ports[number].close_in(families, peers):
+            del self._ports[number]
         if not self._ports and self.on_last_closed is not None:
             self.on_last_closed()
 

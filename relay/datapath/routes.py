@@ -1,6 +1,6 @@
 """The routes: which channel of which client leads to which peer, and back.
 
-They are written here and nowhere else, by two commands of the server. Whoever else relays by
+They are written here and nowhere else, by three commands of the server. Whoever else relays by
 them (a program in the kernel, say) is told of each change in the same place.
 """
 
@@ -14,7 +14,13 @@ from relay.datapath.relayport import RelayPorts
 from relay.datapath.workspace import Workspace
 from relay.stun.address import family_of
 from relay.stun.const import Family
-from relay.turn.commands import BindChannel, ClientAddress, PeerAddress, UnbindChannel
+from relay.turn.commands import (
+    BindChannel,
+    ClientAddress,
+    ClosePort,
+    PeerAddress,
+    UnbindChannel,
+)
 
 ReachClient = Callable[[ClientAddress], Destination]
 """Returns how a client is reached."""
@@ -68,6 +74,15 @@ class Routes:
             watcher.unbinding(unbind)
         del self.to_peer[unbind.client, unbind.number]
         self._ports[unbind.port].unbind(unbind.peer)
+
+    def close_port(self, close: ClosePort) -> None:
+        """Undo it for all channels that end with their port, and give that up."""
+        for watcher in self.watchers:
+            for number, peer in close.channels:
+                watcher.unbinding(UnbindChannel(close.client, number, close.port, peer))
+        for number, _ in close.channels:
+            del self.to_peer[close.client, number]
+        self._ports.close(close.port, close.families, [peer for _, peer in close.channels])
 
     def clear(self) -> None:
         """Forget the routes from clients, at the end; those to clients go with their ports.

@@ -63,7 +63,7 @@ class Shared:
 class Receiver(Protocol):
     """What takes the datagrams that a socket has read."""
 
-    def on_datagram(self, size: int, source: Any, /) -> None:  # noqa: ANN401
+    def on_datagram(self, size: int, source: Any, /) -> object:  # noqa: ANN401
         """Take a datagram of *size* bytes, which lies in the buffer."""
 
     def on_segments(self, size: int, segment: int, source: Any, /) -> int:  # noqa: ANN401

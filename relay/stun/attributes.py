@@ -85,16 +85,6 @@ def _number(layout: str) -> Coding[int]:
     return Coding(decode, lambda number, _transaction_id: packer.pack(number))
 
 
-def _family() -> Coding[Family]:
-    """Family (8 bits), 24 bits reserved. RFC 8656 §18.6."""
-    number = _number("!Bxxx")
-
-    def decode(value: bytes, transaction_id: bytes) -> Family:
-        return _known_family(number.decode(value, transaction_id))
-
-    return Coding(decode, number.encode)
-
-
 def _address(*, xored: bool) -> Coding[Address]:
     """Zero (8 bits), family (8), port (16), address (32 or 128). RFC 8489 §14.1, §14.2.
 
@@ -179,10 +169,11 @@ class Attr:
     XOR_RELAYED_ADDRESS = Attribute(
         0x0016, "XOR-RELAYED-ADDRESS", _address(xored=True), repeatable=True
     )
-    REQUESTED_ADDRESS_FAMILY = Attribute(0x0017, "REQUESTED-ADDRESS-FAMILY", _family())
+    # A family that nobody knows is refused with a code of its own: so these two are plain numbers.
+    REQUESTED_ADDRESS_FAMILY = Attribute(0x0017, "REQUESTED-ADDRESS-FAMILY", _number("!Bxxx"))
     REQUESTED_TRANSPORT = Attribute(0x0019, "REQUESTED-TRANSPORT", _number("!Bxxx"))
     XOR_MAPPED_ADDRESS = Attribute(0x0020, "XOR-MAPPED-ADDRESS", _address(xored=True))
-    ADDITIONAL_ADDRESS_FAMILY = Attribute(0x8000, "ADDITIONAL-ADDRESS-FAMILY", _family())
+    ADDITIONAL_ADDRESS_FAMILY = Attribute(0x8000, "ADDITIONAL-ADDRESS-FAMILY", _number("!Bxxx"))
     ADDRESS_ERROR_CODE = Attribute(0x8001, "ADDRESS-ERROR-CODE", _address_error_code())
     SOFTWARE = Attribute(0x8022, "SOFTWARE", _text(763))
     FINGERPRINT = Attribute(0x8028, "FINGERPRINT", _number("!I"))

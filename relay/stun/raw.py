@@ -1,8 +1,9 @@
 """A STUN message as it arrived: one pass over it, and nothing decoded that nobody reads.
 
 A server looks at a few attributes of each request and at none of most that it refuses. So
-:func:`read` only takes the message apart, into one mapping from attribute types to bytes;
-:meth:`RawMessage.get` decodes what a handler asks for.
+:func:`read_attributes` only takes the message apart, into one mapping from attribute types to
+bytes; :meth:`RawMessage.get` decodes what a handler asks for. How much work that is does not depend
+on who sends it: the number of attributes is bounded, and :func:`read_header` looks at none of them.
 """
 
 import struct
@@ -24,9 +25,14 @@ T = TypeVar("T")
 
 HEADER: Final = struct.Struct("!HHI12s")  # type, length, magic cookie, transaction id
 TLV: Final = struct.Struct("!HH")  # type, length without padding
+_unpack_header = HEADER.unpack_from
 _unpack_tlv = TLV.unpack_from
 
 _CLASS_BITS: Final = 0x0110
+# No request that anybody needs has more. 2,048 bytes hold 507 empty attributes, and to look at each
+# costs a third of a microsecond: that is what the bound is for.
+MAX_PEERS: Final = 16  # XOR-PEER-ADDRESS
+MAX_ATTRIBUTES: Final = 32 + MAX_PEERS
 _REPEATABLE: Final = frozenset(row.type for row in BY_TYPE.values() if row.repeatable)
 _AGAIN: Final = 1 << 16  # what is added to the key of an attribute each time that it comes again
 _FINGERPRINT: Final = Attr.FINGERPRINT.type
@@ -36,6 +42,10 @@ _INTEGRITY_VALUE_SIZE: Final = 20
 
 class WrongFingerprint(DecodeError):
     """FINGERPRINT does not match: not STUN, or damaged on its way."""
+
+
+class TooManyAttributes(DecodeError):
+    """There are more than :data:`MAX_ATTRIBUTES`."""
 
 
 @dataclass(slots=True)
@@ -102,20 +112,44 @@ class RawMessage:
             raise UndecodableAttribute(f"{attribute}: {error}") from None
 
 
+Header = tuple[int, int, bytes]
+"""What a STUN header says: type, length of the message with its header, transaction id."""
+
+
+def read_header(datagram: bytes) -> Header | None:
+    """Read the header of a datagram that should be STUN, or return None if it is not."""
+    size = len(datagram)
+    if size < HEADER_SIZE:
+        return None
+    message_type, length, cookie, transaction_id = _unpack_header(datagram)
+    if message_type & 0xC000 or cookie != MAGIC_COOKIE or length % 4 or length > size - HEADER_SIZE:
+        return None
+    return message_type, HEADER_SIZE + length, transaction_id
+
+
+def is_request(header: Header) -> bool:
+    """Tell if a message is a request: bits C1 (0x100) and C0 (0x010) are clear. RFC 8489 §5."""
+    return not header[0] & _CLASS_BITS
+
+
 def read(datagram: bytes) -> RawMessage:
     """Take a datagram apart that should be STUN. Bytes after the message are ignored.
 
-    Raises DecodeError if it is no STUN message, WrongFingerprint if its FINGERPRINT does not
-    match.
+    Raises DecodeError if it is no STUN message, and what :func:`read_attributes` does.
     """
-    if len(datagram) < HEADER_SIZE:
-        raise DecodeError("shorter than a STUN header")
-    message_type, length, cookie, transaction_id = HEADER.unpack_from(datagram)
-    if message_type & 0xC000 or cookie != MAGIC_COOKIE:
-        raise DecodeError("not STUN")
-    if length % 4 or length > len(datagram) - HEADER_SIZE:
-        raise DecodeError("length does not match")
-    message = RawMessage(message_type, transaction_id, datagram[: HEADER_SIZE + length], {})
+    header = read_header(datagram)
+    if header is None:
+        raise DecodeError("not STUN: too short, no magic cookie, or a wrong length")
+    return read_attributes(datagram, header)
+
+
+def read_attributes(datagram: bytes, header: Header) -> RawMessage:
+    """Take a datagram apart that has a sound *header*. Bytes after the message are ignored.
+
+    Raises WrongFingerprint or TooManyAttributes.
+    """
+    message_type, size, transaction_id = header
+    message = RawMessage(message_type, transaction_id, datagram[:size], {})
     _read_attributes(message)
     return message
 
@@ -128,8 +162,11 @@ def type_of(key: int) -> int:
 def _read_attributes(message: RawMessage) -> None:
     raw, values = message.raw, message.values
     repeated: dict[int, int] = {}  # how often, by type
-    offset, end = HEADER_SIZE, len(raw)
+    offset, end, left = HEADER_SIZE, len(raw), MAX_ATTRIBUTES
     while offset < end:  # at least four bytes are left: everything is a multiple of four
+        if not left:
+            raise TooManyAttributes(f"more than {MAX_ATTRIBUTES} attributes")
+        left -= 1
         key, size = _unpack_tlv(raw, offset)
         value_end = offset + 4 + size
         if value_end > end:

@@ -1,18 +1,21 @@
-"""Who is let in: the steps from a signed request to a username. RFC 8489 §9.2.4."""
+"""Who is let in: the steps from a signed request to a user. RFC 8489 §9.2.4."""
 
 import logging
 from collections import Counter
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from relay.stun import integrity
 from relay.stun.address import format_endpoint
 from relay.stun.attributes import Attr, UndecodableAttribute
-from relay.stun.const import ErrorCode
-from relay.stun.raw import RawMessage
-from relay.turn.auth import Authenticator, AuthFailure
+from relay.stun.const import HEADER_SIZE, ErrorCode
+from relay.stun.raw import TLV, RawMessage
+from relay.turn.auth import NONCE_LIFETIME, NONCE_SIZE, REALM, Authenticator, AuthFailure
+from relay.turn.commands import ClientAddress
 from relay.turn.request import Refused, Request, require_known_attributes
 
 logger = logging.getLogger("relay.turn")
+
+_NONCE_HEADER: Final = TLV.pack(Attr.NONCE.type, NONCE_SIZE)
 
 
 class Admission:
@@ -42,26 +45,39 @@ class Admission:
         self._authenticator.remember(username, key)
         return key
 
-    def authenticate(self, request: Request) -> str:
-        """Return the username that signed the request. Raises Refused, or UndecodableAttribute."""
+    def proves_address(self, datagram: bytes, client: ClientAddress) -> bool:
+        """Tell if a request holds a nonce that was sent to the address it says to be from.
+
+        Cheap where there is none: nothing is taken apart. A nonce of ours proves as much wherever
+        it lies, and however old it is.
+        """
+        at = datagram.find(_NONCE_HEADER, HEADER_SIZE)
+        if at < 0:
+            return False
+        nonce = datagram[at + 4 : at + 4 + NONCE_SIZE]
+        return self._authenticator.nonce_issued(nonce, client) is not None
+
+    def admit(self, request: Request) -> None:
+        """Note who signed the request. Raises Refused, or UndecodableAttribute."""
         message = request.message
         if message.get(Attr.MESSAGE_INTEGRITY) is None:
             raise Refused(ErrorCode.UNAUTHORIZED, "not signed")
-        username = message.get(Attr.USERNAME)
-        if username is None or message.get(Attr.REALM) is None:
+        username, realm = message.get(Attr.USERNAME), message.get(Attr.REALM)
+        if username is None or realm is None:
             raise Refused(ErrorCode.BAD_REQUEST, "signed without USERNAME or REALM")
         nonce = message.get(Attr.NONCE)
         if nonce is None:
             raise Refused(ErrorCode.UNAUTHORIZED, "no nonce")
-        if not self._authenticator.nonce_is_valid(nonce, request.client, request.now):
+        issued = self._authenticator.nonce_issued(nonce, request.client)
+        if issued is None or int(request.now) - issued > NONCE_LIFETIME:
             self.failures[AuthFailure.STALE_NONCE] += 1
             raise Refused(ErrorCode.STALE_NONCE, "nonce not from here, or too old")
-        if request.key is None:
+        if request.key is None or realm != REALM:
             self._fail(request, AuthFailure.WRONG_CREDENTIALS, "unknown user or wrong password")
         if self._authenticator.has_expired(username, request.unix_now):
             self._fail(request, AuthFailure.EXPIRED_CREDENTIALS, "credentials have expired")
         require_known_attributes(request)
-        return username
+        request.user, request.nonce_issued = self._authenticator.user_of(username), issued
 
     def _fail(self, request: Request, failure: AuthFailure, reason: str) -> NoReturn:
         """Refuse a client whose nonce was good: the address is its own, and can be named."""

@@ -7,6 +7,8 @@ that the relay can check without having seen them before.
 import hashlib
 import hmac
 from base64 import b64encode
+from binascii import Error as BinasciiError
+from binascii import a2b_base64
 from enum import Enum
 from typing import Final
 
@@ -16,8 +18,11 @@ from relay.turn.commands import ClientAddress
 REALM: Final = "firezone"
 NONCE_LIFETIME: Final = 3600  # seconds
 _EXPIRY_DIGITS: Final = 20  # as many as 2^64 - 1 has
-_TIMESTAMP_SIZE: Final = 8  # hexadecimal digits
-_MAC_SIZE: Final = 12  # bytes, twice as many digits; an answer to anyone must stay short
+# A nonce is base64 of a time and a MAC. An answer to anyone must stay short: with this one a 401
+# to a request that is nothing but a header has three times its size.
+_TIMESTAMP_SIZE: Final = 4  # bytes
+_MAC_SIZE: Final = 8  # bytes
+NONCE_SIZE: Final = 16  # characters
 REMEMBERED_KEYS: Final = 1024  # usernames; a client's key is wanted for each of its requests
 
 
@@ -31,6 +36,9 @@ class AuthFailure(Enum):
 
 def password(expiry: str, salt: str, secret: str) -> str:
     """Return the password of user ``{expiry}:{salt}``: unpadded base64 of a SHA-256."""
+    # The client chooses the salt, so whoever has one password could extend the hash: the same salt,
+    # the padding of SHA-256, and anything. The padding begins with 0x80, which after ASCII is not
+    # UTF-8, and USERNAME has to be UTF-8: only that forbids it.
     digest = hashlib.sha256(f"{expiry}:{secret}:{salt}".encode()).digest()
     return b64encode(digest).rstrip(b"=").decode()
 
@@ -69,27 +77,42 @@ class Authenticator:
                 del self._remembered[next(iter(self._remembered))]
             self._remembered[username] = key
 
+    def user_of(self, username: str) -> str:
+        """Return who a well-formed *username* is: what follows its expiry.
+
+        The same client comes back with a new expiry whenever its credentials are renewed.
+        """
+        return username.partition(":")[2]
+
     def has_expired(self, username: str, unix_now: float) -> bool:
         """Tell if a well-formed *username* is past its expiry, in seconds of Unix time."""
         return int(username.partition(":")[0]) < unix_now
 
     def nonce(self, client: ClientAddress, now: float) -> bytes:
         """Return a nonce for *client*: when it was issued, and a MAC that binds it to them."""
-        issued = b"%0*x" % (_TIMESTAMP_SIZE, int(now))
-        return issued + self._nonce_mac(issued, client)
+        issued = int(now).to_bytes(_TIMESTAMP_SIZE, "big")
+        return b64encode(issued + self._nonce_mac(issued, client))
 
-    def nonce_is_valid(self, nonce: bytes, client: ClientAddress, now: float) -> bool:
-        """Tell if *nonce* was issued here, to this client, at most an hour ago."""
-        issued, mac = nonce[:_TIMESTAMP_SIZE], nonce[_TIMESTAMP_SIZE:]
-        if not hmac.compare_digest(mac, self._nonce_mac(issued, client)):
-            return False
-        return int(now) - int(issued, 16) <= NONCE_LIFETIME
+    def nonce_issued(self, nonce: bytes, client: ClientAddress) -> int | None:
+        """Return when *nonce* was issued to *client*, in monotonic seconds; None if never here.
+
+        Whoever has such a nonce receives what is sent to the client's address.
+        """
+        if len(nonce) != NONCE_SIZE:
+            return None
+        try:
+            decoded = a2b_base64(nonce, strict_mode=True)
+        except BinasciiError:
+            return None
+        issued = decoded[:_TIMESTAMP_SIZE]
+        if not hmac.compare_digest(decoded[_TIMESTAMP_SIZE:], self._nonce_mac(issued, client)):
+            return None
+        return int.from_bytes(issued, "big")
 
     def _nonce_mac(self, issued: bytes, client: ClientAddress) -> bytes:
         host, port = client[0][:2]
         covered = issued + f" {host} {port}".encode()
-        mac = hashlib.blake2s(covered, key=self._nonce_key, digest_size=_MAC_SIZE)
-        return mac.hexdigest().encode()
+        return hashlib.blake2s(covered, key=self._nonce_key, digest_size=_MAC_SIZE).digest()
 
 
 def _is_expiry(text: str) -> bool:

@@ -1,11 +1,13 @@
 """CreatePermission and ChannelBind: which peers a client may reach, and how. RFC 8656 §10, §12."""
 
 import logging
+from collections import Counter
 from typing import Final
 
 from relay.stun.address import Address, family_of, format_endpoint
 from relay.stun.attributes import Attr
 from relay.stun.const import ErrorCode
+from relay.stun.raw import MAX_PEERS
 from relay.turn.commands import PeerAddress
 from relay.turn.peers import PeerPolicy
 from relay.turn.request import Refused, Request
@@ -15,6 +17,8 @@ from relay.turn.tables import Allocation, Channel
 logger = logging.getLogger("relay.turn")
 
 CHECKED_AT_ONCE: Final = 500  # channels, when rules change; the others wait for the next portion
+LOGGED_AGAIN_AFTER: Final = 60.0  # seconds, for each rule about peers
+ANY_PORT: Final = 9  # discard: at which nothing of ours is
 
 
 class ChannelHandler:
@@ -22,69 +26,84 @@ class ChannelHandler:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._unchecked: list[Channel] = []  # against rules about peers that have changed
+        # Against rules about peers that have changed:
+        self._unchecked: list[Channel] = []
+        self._unchecked_allocations: list[Allocation] = []
+        self.refused: Counter[str] = Counter()  # how often a rule about peers refused one
+        self._logged: dict[str, float] = {}  # when, by rule, in monotonic seconds
 
-    def create_permission(self, request: Request, username: str) -> None:
+    def create_permission(self, request: Request) -> None:
         """RFC 8656 §10.2: checked, but without effect, since only channels relay here."""
-        allocation = self._state.allocation(request, username)
+        allocation = self._state.allocation(request)
         peers = request.message.get_all(Attr.XOR_PEER_ADDRESS)
         if not peers:
             raise Refused(ErrorCode.BAD_REQUEST, "no XOR-PEER-ADDRESS")
-        for host, port in peers:
+        if len(peers) > MAX_PEERS:
+            raise Refused(ErrorCode.BAD_REQUEST, f"{len(peers)} peers at once")
+        for host, _ in peers:
             _require_family(allocation, host)
-            # A permission is for a host: the port is ignored, and often 0. RFC 8656 §10.1
-            self._require_permitted((host, port or 1))
+        for host, _ in peers:
+            # A permission is for a host: its port does not count. Of what this relay lends out any
+            # may be meant, so the answer does not tell which ports are lent.
+            if host != self._state.settings.public_hosts[family_of(host)]:
+                rule = self._state.peer_policy.refusal((host, ANY_PORT))
+                if rule is not None:
+                    self._refuse(rule, (host, ANY_PORT), request.now)
         self._state.answers.success(request, [], key=request.key)
 
-    def channel_bind(self, request: Request, username: str) -> None:
+    def channel_bind(self, request: Request) -> None:
         """RFC 8656 §12.2."""
         settings, tables, message = self._state.settings, self._state.tables, request.message
         number = message.get(Attr.CHANNEL_NUMBER)
         # Checked before the allocation is looked for: it is wrong whatever the client has.
         if number is not None and number not in settings.channel_numbers:
             raise Refused(ErrorCode.BAD_REQUEST, f"channel number {number:#06x} is out of range")
-        allocation = self._state.allocation(request, username)
+        allocation = self._state.allocation(request)
         address = message.get(Attr.XOR_PEER_ADDRESS)
         if number is None or address is None:
             raise Refused(ErrorCode.BAD_REQUEST, "no CHANNEL-NUMBER or no XOR-PEER-ADDRESS")
         peer = PeerAddress(address)
         _require_family(allocation, peer[0])
-        reaches_outside = self._require_permitted(peer)
         by_peer, by_number = allocation.channels_by_peer.get(peer), allocation.channels.get(number)
         if by_peer is not None and by_peer.number != number:
             raise Refused(ErrorCode.BAD_REQUEST, f"peer is on channel {by_peer.number:#06x}")
         if by_number is not None and by_number.peer != peer:
             raise Refused(ErrorCode.BAD_REQUEST, f"channel {number:#06x} has another peer")
-        if by_number is None and tables.channels >= settings.max_channels:
-            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many channels as are allowed")
-        tables.bind(allocation, number, peer, reaches_outside=reaches_outside, now=request.now)
+        reaches_outside, rule = self._reach(peer)
+        if rule is not None and reaches_outside is None:
+            self._refuse(rule, peer, request.now)
+        else:
+            if by_number is None:
+                self._require_room(allocation)
+            outside = reaches_outside is True
+            tables.bind(allocation, number, peer, reaches_outside=outside, now=request.now)
         self._state.answers.success(request, [], key=request.key)
 
     def change_peer_policy(self, peer_policy: PeerPolicy, now: float) -> None:
         """Go on with other rules, and check a first portion of the channels against them."""
         self._state.peer_policy = peer_policy
-        self._unchecked = self._state.tables.all_channels()
+        self._unchecked = []
+        self._unchecked_allocations = self._state.tables.all_allocations()
         self.recheck_some(now)
 
     def recheck_some(self, now: float) -> None:
         """Check the next portion of the channels; unbind those whose peer is forbidden now."""
-        for channel in self._unchecked[-CHECKED_AT_ONCE:]:
-            reaches_outside, _ = self._reach(channel.peer)
-            self._state.tables.recheck_peer(channel, reaches_outside, now)
-        del self._unchecked[-CHECKED_AT_ONCE:]
+        left = CHECKED_AT_ONCE
+        while left > 0 and self.is_rechecking:
+            portion = self._unchecked[-left:]
+            del self._unchecked[-left:]
+            left -= len(portion)
+            for channel in portion:
+                reaches_outside, _ = self._reach(channel.peer)
+                self._state.tables.recheck_peer(channel, reaches_outside, now)
+            if not self._unchecked and self._unchecked_allocations:
+                self._unchecked = list(self._unchecked_allocations.pop().channels.values())
+                left -= 1
 
     @property
     def is_rechecking(self) -> bool:
         """Tell if channels are left to be checked."""
-        return bool(self._unchecked)
-
-    def _require_permitted(self, peer: Address) -> bool:
-        """Refuse a forbidden peer; return whether datagrams to it may leave this relay."""
-        reaches_outside, rule = self._reach(peer)
-        if reaches_outside is None:
-            logger.warning("peer refused: %s", rule)
-            raise Refused(ErrorCode.FORBIDDEN, f"{format_endpoint(*peer)}: {rule}")
-        return reaches_outside
+        return bool(self._unchecked or self._unchecked_allocations)
 
     def _reach(self, peer: Address) -> tuple[bool | None, str | None]:
         """Tell whether datagrams to *peer* may leave this relay, None if none may be sent to it.
@@ -96,6 +115,28 @@ class ChannelHandler:
         if rule is None:
             return True, None
         return (False if self._state.is_relayed_here(peer) else None), rule
+
+    def _refuse(self, rule: str, peer: Address, now: float) -> None:
+        """Count a peer that *rule* forbids, and refuse it, unless refusals are to be ignored.
+
+        Then the client hears "success", and nothing is relayed: Firezone's client offers private
+        addresses in every connection, and answers 403 by binding again for every datagram it has.
+        """
+        self.refused[rule] += 1
+        if self._logged.get(rule, -LOGGED_AGAIN_AFTER) + LOGGED_AGAIN_AFTER <= now:
+            self._logged[rule] = now
+            logger.info("peer refused: %s (so far %d for this reason)", rule, self.refused[rule])
+        if not self._state.settings.ignores_refused_peers:
+            raise Refused(ErrorCode.FORBIDDEN, f"{format_endpoint(*peer)}: {rule}")
+
+    def _require_room(self, allocation: Allocation) -> None:
+        """Refuse (508) one channel more than an allocation, or this relay, may have."""
+        settings = self._state.settings
+        limit = settings.max_channels_per_allocation
+        if limit is not None and len(allocation.channels) >= limit:
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, f"the allocation has {limit} channels")
+        if self._state.tables.channels >= settings.max_channels:
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many channels as are allowed")
 
 
 def _require_family(allocation: Allocation, host: str) -> None:

@@ -34,10 +34,9 @@ class SendMessage:
 
 @dataclass(slots=True)
 class OpenPort:
-    """Bind a relay port in each family, all or none.
+    """Bind a relay port in each family that it can be bound in.
 
-    Answer with ``Server.handle_port_opened`` or ``Server.handle_port_failed`` before any other
-    input.
+    Answer with ``Server.handle_port_opened``, before any other input.
     """
 
     port: int
@@ -46,9 +45,12 @@ class OpenPort:
 
 @dataclass(slots=True)
 class ClosePort:
-    """Give up a relay port that was opened."""
+    """Give up a relay port in some families, and relay nothing over it there any more."""
 
+    client: ClientAddress
     port: int
+    families: tuple[Family, ...]
+    channels: list[tuple[int, PeerAddress]]  # number and peer of those that end with it
 
 
 @dataclass(slots=True)
@@ -65,7 +67,7 @@ class BindChannel:
 
 @dataclass(slots=True)
 class UnbindChannel:
-    """Stop relaying what the same BindChannel started."""
+    """Stop relaying what the same BindChannel started, while the port stays open."""
 
     client: ClientAddress
     number: int
@@ -80,7 +82,8 @@ class PortFailure(Enum):
     """Why a port was not opened."""
 
     IN_USE = "in use by another process, or reserved"  # another one may do
-    REFUSED = "refused by the system"  # out of descriptors or memory: no other will do
+    # Out of descriptors or memory, or the address is gone: no other port will do.
+    REFUSED = "refused by the system"
 
 
 class Drop(Enum):
@@ -94,8 +97,9 @@ class Drop(Enum):
     MALFORMED_STUN = "malformed_stun"
     WRONG_FINGERPRINT = "wrong_fingerprint"
     NOT_A_REQUEST = "not_a_request"
-    PREFIX_RATE = "unauthenticated_rate_per_prefix"  # more answers than its network may get
-    TOTAL_RATE = "unauthenticated_rate"  # more than all unauthenticated sources together may get
+    CLIENT_RATE = "client_rate"  # more requests than one client may have served
+    PREFIX_RATE = "unauthenticated_rate_per_prefix"  # more work than its network may ask for
+    TOTAL_RATE = "unauthenticated_rate"  # more than all without an allocation may ask for together
     MALFORMED_CHANNEL_DATA = "malformed_channel_data"
     UNBOUND_CHANNEL = "unbound_channel"
     UNBOUND_PEER = "unbound_peer"

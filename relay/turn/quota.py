@@ -6,15 +6,15 @@ from relay.turn.state import State
 from relay.turn.tables import Allocation, site_of
 
 
-def require_quota(state: State, username: str, host: str, replaced: list[Allocation]) -> None:
-    """Refuse (486) one allocation more than a username, or an address, may have.
+def require_quota(state: State, user: str, host: str, replaced: list[Allocation]) -> None:
+    """Refuse (486) one allocation more than a user, or an address, may have.
 
     The allocations *replaced* are about to end.
     """
     settings, tables = state.settings, state.tables
     limit = settings.max_allocations_per_username
-    if limit is not None and tables.count_of_username(username) - len(replaced) >= limit:
-        raise Refused(ErrorCode.ALLOCATION_QUOTA_REACHED, f"the username has {limit}")
+    if limit is not None and tables.count_of_user(user) - len(replaced) >= limit:
+        raise Refused(ErrorCode.ALLOCATION_QUOTA_REACHED, f"the user has {limit}")
     limit = settings.max_allocations_per_ip
     if limit is not None:
         site = site_of(host)
@@ -23,13 +23,16 @@ def require_quota(state: State, username: str, host: str, replaced: list[Allocat
             raise Refused(ErrorCode.ALLOCATION_QUOTA_REACHED, f"the address has {limit}")
 
 
-def require_capacity(
-    state: State, families: tuple[Family, ...], replaced: list[Allocation]
-) -> None:
-    """Refuse (508) an allocation of *families* that is more than this relay may hold, or can."""
+def room_for(state: State, families: tuple[Family, ...], replaced: list[Allocation]) -> int:
+    """Return in how many *families*, from the first on, an allocation is possible now.
+
+    Refuses (508) one that is more than this relay may hold, or can.
+    """
     settings, tables = state.settings, state.tables
     if not replaced and len(tables) >= settings.max_allocations:
         raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many allocations as are allowed")
     ending = sum(len(other.families) for other in replaced)
-    if tables.sockets - ending + len(families) > settings.max_sockets:
+    room = settings.max_sockets - tables.sockets + ending
+    if room < 1:
         raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many sockets as are allowed")
+    return min(room, len(families))

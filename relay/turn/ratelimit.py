@@ -1,9 +1,24 @@
-"""How many unauthenticated requests are answered: per prefix of source addresses, and in all.
+"""How much work is done for those who ask, before and after they have proven anything.
 
-Anyone can ask in the name of anyone else, so what goes to those who prove nothing is bounded
-twice: what one network can be made to receive, and what all of them can cost. Above that
-there is silence. Memory is fixed: prefixes share the slots of one table, by a hash that
-CPython seeds at random for each process, so nobody can aim at another's slot.
+Everything that a request can cost is bounded, and each bound is there for one attack:
+
+=====================================  ========================================================
+bound                                  what it stands against
+=====================================  ========================================================
+:data:`CLIENT_RATE` per allocation     a client with a good credential that asks and asks
+rate per prefix                        a network that asks and asks, and answers to requests
+                                       that were forged in the name of one network
+rate in all                            requests from everywhere, forged or not
+a prefix that was quiet comes first    whoever is new while some networks use up the rate in all
+a proven address comes first           whoever is new while forged requests from everywhere do:
+                                       only the first request, of two, has to compete with them
+=====================================  ========================================================
+
+What is counted is work, in units of what the answer to a Binding request costs, and it is counted
+whether or not an answer comes of it. Above a bound there is silence, and nothing is computed.
+
+Memory is fixed: prefixes share the slots of one table, by a hash that CPython seeds at random for
+each process, so nobody can aim at another's slot.
 """
 
 from array import array
@@ -12,45 +27,95 @@ from typing import Final
 from relay.stun.address import prefix_of
 from relay.turn.commands import Drop
 
-BURST: Final = 5.0  # seconds' worth of answers that may come at once after a pause
+# Clients that bind a channel to each of a thousand peers at once are served at once, nearly.
+CLIENT_RATE: Final = 100.0  # requests per second
+CLIENT_BURST: Final = 500.0  # requests after a pause
+
+BURST: Final = 5.0  # seconds' worth of work that a prefix may ask for at once after a pause
+# Likewise for all together: less, for so long everybody's data may have to share the processor.
+BURST_IN_ALL: Final = 0.5
+# A prefix is quiet as long as it asks no more than this, served or not; some households share one.
+QUIET_RATE: Final = 2.0  # requests per second
+QUIET_BURST: Final = 20.0  # requests after a pause
+_QUIET_AGAIN: Final = 10.0  # seconds after its last request, however many there were
+
 IPV4_BYTES: Final = 3  # of an address make the prefix: /24
 IPV6_BYTES: Final = 7  # /56, what a customer of a provider gets
 SLOTS: Final = 1 << 16
 
+# How much of BURST_IN_ALL is there for whom. Who is served last leaves the rest for the others: a
+# flood of one kind stands at its own mark and never reaches the next.
+_UNPROVEN_BUSY, _UNPROVEN_QUIET, _PROVEN_BUSY, _PROVEN_QUIET = 0.25, 0.5, 0.75, 1.0
+
+Source = int
+"""A prefix, and whether what comes from there was proven to: a slot of the tables."""
+
+
+class ClientBudget:
+    """The requests that one 5-tuple may have served: CLIENT_RATE, after a burst."""
+
+    __slots__ = ("_due",)
+
+    def __init__(self) -> None:
+        """Begin with a full budget."""
+        self._due = 0.0  # when the next request would be due at exactly the rate
+
+    def is_spent(self, now: float) -> bool:
+        """Tell if no request is to be served at *now*, in monotonic seconds."""
+        return self._due > now + (CLIENT_BURST - 1) / CLIENT_RATE
+
+    def spend(self, now: float) -> None:
+        """Count a request."""
+        self._due = max(self._due, now) + 1 / CLIENT_RATE
+
 
 class RateLimiter:
-    """Spaces answers evenly, but for bursts: the generic cell rate algorithm (ITU-T I.371).
+    """Bounds the work for sources that hold no allocation: per prefix, and in all.
 
-    For each slot it keeps when the next answer would be due if they were sent at exactly the
-    rate; an answer may leave up to :data:`BURST` seconds before that.
+    Each bound is the generic cell rate algorithm (ITU-T I.371): kept is when the next unit of work
+    would be due at exactly the rate; it may be done so much earlier as the burst is long.
     """
 
     def __init__(self, per_prefix: int, total: int) -> None:
-        """Take the rates in answers per second; 0 is no limit."""
-        self._due = array("d", bytes(8 * SLOTS))
+        """Take the rates in units of work per second; 0 is no limit."""
+        self._due = array("d", bytes(8 * 2 * SLOTS))  # by Source
+        self._quiet_due = array("d", bytes(8 * 2 * SLOTS))
         self._due_in_all = 0.0
         self.set_rates(per_prefix, total)
 
     def set_rates(self, per_prefix: int, total: int) -> None:
-        """Go on with other rates, in answers per second; 0 is no limit."""
+        """Go on with other rates, in units of work per second; 0 is no limit."""
         self._spacing = 1 / per_prefix if per_prefix else 0.0
         self._spacing_in_all = 1 / total if total else 0.0
 
-    def refusal(self, host: str, now: float) -> Drop | None:
-        """Say which limit an answer to *host* would exceed, or None."""
-        latest = now + BURST
-        if self._spacing_in_all and self._due_in_all > latest:
+    def source(self, host: str, *, is_proven: bool) -> Source:
+        """Return what a request from *host* is counted by.
+
+        *is_proven*: it holds a nonce that was sent to its address, so that is not forged. Such
+        requests are counted on their own; nobody else can use up what they may ask for.
+        """
+        slot = hash(prefix_of(host, IPV4_BYTES, IPV6_BYTES)) % SLOTS
+        return slot + SLOTS if is_proven else slot
+
+    def refusal(self, source: Source, now: float) -> Drop | None:
+        """Say which bound a request from *source* would exceed at *now*, or None."""
+        share = self._share(source, now)
+        if self._spacing_in_all and self._due_in_all > now + BURST_IN_ALL * share:
             return Drop.TOTAL_RATE
-        if self._spacing and self._due[_slot(host)] > latest:
+        if self._spacing and self._due[source] > now + BURST:
             return Drop.PREFIX_RATE
         return None
 
-    def count(self, host: str, now: float) -> None:
-        """Count an answer to *host* as sent."""
-        slot = _slot(host)
-        self._due[slot] = max(self._due[slot], now) + self._spacing
-        self._due_in_all = max(self._due_in_all, now) + self._spacing_in_all
+    def count(self, source: Source, work: int, now: float) -> None:
+        """Count *work* that was done for *source*."""
+        self._due[source] = max(self._due[source], now) + work * self._spacing
+        self._due_in_all = max(self._due_in_all, now) + work * self._spacing_in_all
 
-
-def _slot(host: str) -> int:
-    return hash(prefix_of(host, IPV4_BYTES, IPV6_BYTES)) % SLOTS
+    def _share(self, source: Source, now: float) -> float:
+        """Return how much of BURST_IN_ALL is there for *source*, which has just asked."""
+        due, busy = self._quiet_due[source], now + QUIET_BURST / QUIET_RATE
+        self._quiet_due[source] = min(max(due, now) + 1 / QUIET_RATE, busy + _QUIET_AGAIN)
+        is_quiet = due <= busy
+        if source < SLOTS:
+            return _UNPROVEN_QUIET if is_quiet else _UNPROVEN_BUSY
+        return _PROVEN_QUIET if is_quiet else _PROVEN_BUSY

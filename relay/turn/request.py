@@ -15,6 +15,8 @@ from relay.turn.commands import ClientAddress, Command, SendMessage
 
 logger = logging.getLogger("relay.turn")
 
+# How many times as long as a request its answer may be, if it proves nothing: it may be forged.
+MAX_AMPLIFICATION: Final = 3
 MAX_UNKNOWN_NAMED: Final = 32  # attributes in a 420: more could not be a mistake
 
 _METHOD_NAMES: Final[dict[int, str]] = {method: method.name.lower() for method in Method}
@@ -33,6 +35,8 @@ class Request:
     key: bytes | None  # of the user it claims to be from, if it is signed with that
     now: float  # monotonic seconds
     unix_now: float
+    user: str = ""  # once it is admitted: who that is, see Authenticator.user_of
+    nonce_issued: int = 0  # and when its nonce was issued, in monotonic seconds
 
     @property
     def mapped_address(self) -> Address:
@@ -106,4 +110,7 @@ class Answers:
         asked = request.message
         message = Message(kind, asked.method, asked.transaction_id, attributes)
         datagram = message.encode(key, fingerprinted=asked.fingerprinted)
+        if key is None and len(datagram) > MAX_AMPLIFICATION * len(asked.raw):
+            del attributes[1:]  # what is left says that it is an error, or where it is from
+            datagram = message.encode(fingerprinted=asked.fingerprinted)
         self._commands.append(SendMessage(request.client, datagram))

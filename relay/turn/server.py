@@ -7,12 +7,18 @@ passes through here: ``BindChannel`` and ``UnbindChannel`` say what is relayed.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from relay.stun.attributes import Attr, DecodeError, UndecodableAttribute
-from relay.stun.const import HEADER_SIZE, ErrorCode, Kind, Method
-from relay.stun.raw import WrongFingerprint, read
+from relay.stun.attributes import Attr, UndecodableAttribute
+from relay.stun.const import ErrorCode, Family, Method
+from relay.stun.raw import (
+    TooManyAttributes,
+    WrongFingerprint,
+    is_request,
+    read_attributes,
+    read_header,
+)
 from relay.turn.admission import Admission
 from relay.turn.allocate import AllocationHandler
 from relay.turn.auth import Authenticator, AuthFailure
@@ -26,7 +32,9 @@ from relay.turn.settings import Settings
 from relay.turn.state import State
 from relay.turn.tables import Tables
 
-SHORTEST_SIGNED: Final = HEADER_SIZE + 24  # bytes: a header and MESSAGE-INTEGRITY
+# Units of work, for RateLimiter.
+ANSWER: Final = 1
+SIGNATURE: Final = 1  # to verify one costs about as much again
 
 
 class Server:
@@ -49,13 +57,13 @@ class Server:
         self._state = State(
             settings, peer_policy, self._tables, self._answers, commands=self._commands
         )
-        self._unauthenticated = RateLimiter(
+        self._limiter = RateLimiter(
             settings.unauthenticated_rate_per_prefix, settings.unauthenticated_rate
         )
         self._admission = Admission(authenticator)
         self._allocations = AllocationHandler(self._state)
         self._channels = ChannelHandler(self._state)
-        self._handlers: dict[int, Callable[[Request, str], None]] = {
+        self._handlers: dict[int, Callable[[Request], None]] = {
             Method.ALLOCATE: self._allocations.allocate,
             Method.REFRESH: self._allocations.refresh,
             Method.CREATE_PERMISSION: self._channels.create_permission,
@@ -68,40 +76,45 @@ class Server:
         """Serve a STUN datagram. Returns why it was dropped, or None if it was a request.
 
         *now* is in monotonic seconds, *unix_now* in seconds of Unix time.
+
+        Each step costs more than the one before, and comes only after the cheaper ones had nothing
+        against it: the header, who asks and how often, the attributes, the signature, the method.
         """
-        host = client[0][0]
-        over = self._unauthenticated.refusal(host, now)
-        if over is not None and len(datagram) < SHORTEST_SIGNED:
-            return over  # before any work
-        try:
-            message = read(datagram)
-        except WrongFingerprint:
-            return Drop.WRONG_FINGERPRINT
-        except DecodeError:
+        header = read_header(datagram)
+        if header is None:
             return Drop.MALFORMED_STUN
-        if message.message_class != Kind.REQUEST:
+        if not is_request(header):
             return Drop.NOT_A_REQUEST
-        key = self._admission.signing_key(message)
-        if key is None:
+        allocation = self._tables.of_client(client)
+        if allocation is not None and allocation.budget.is_spent(now):
+            return Drop.CLIENT_RATE
+        limiter, source = self._limiter, None
+        is_proven = self._admission.proves_address(datagram, client)
+        if allocation is not None and is_proven:
+            allocation.budget.spend(now)
+        else:
+            source = limiter.source(client[0][0], is_proven=is_proven)
+            over = limiter.refusal(source, now)
             if over is not None:
                 return over
-            self._unauthenticated.count(host, now)
-        request = Request(message, client, key, now, unix_now)
+            limiter.count(source, ANSWER, now)
         try:
-            self._serve(request)
-        except Refused as refused:
-            self._answers.refuse(request, refused)
-        except UndecodableAttribute as error:
-            self._answers.refuse(request, Refused(ErrorCode.BAD_REQUEST, str(error)))
+            message = read_attributes(datagram, header)
+        except WrongFingerprint:
+            return Drop.WRONG_FINGERPRINT
+        except TooManyAttributes:
+            return Drop.MALFORMED_STUN
+        if source is not None and message.integrity_offset is not None:
+            limiter.count(source, SIGNATURE, now)
+        key = self._admission.signing_key(message)
+        self._serve(Request(message, client, key, now, unix_now))
         return None
 
-    def handle_port_opened(self, port: int, *, now: float) -> None:
-        """Go on with the Allocate for which *port* was opened."""
-        self._allocations.port_opened(port, now)
-
-    def handle_port_failed(self, port: int, failure: PortFailure) -> None:
-        """Try another port, or tell the client that there is none."""
-        self._allocations.port_failed(port, failure)
+    def handle_port_opened(
+        self, port: int, failures: Mapping[Family, PortFailure], *, now: float
+    ) -> None:
+        """Go on with the Allocate for which *port* was opened, but for what *failures* tells."""
+        self._allocations.port_opened(port, failures, now)
 
     def handle_timeout(self, now: float) -> None:
         """Let everything end whose time has come."""
@@ -124,7 +137,7 @@ class Server:
         """Go on with other settings. What exists already is not measured by them."""
         self._state.settings = settings
         self._answers.software = settings.software
-        self._unauthenticated.set_rates(
+        self._limiter.set_rates(
             settings.unauthenticated_rate_per_prefix, settings.unauthenticated_rate
         )
 
@@ -156,12 +169,26 @@ class Server:
         """How many signed requests were not believed, by reason."""
         return self._admission.failures
 
+    @property
+    def refused_peers(self) -> Counter[str]:
+        """How often peers were refused, by the rule that forbids them."""
+        return self._channels.refused
+
     def check(self) -> None:
         """Assert that the state agrees with itself. For tests."""
         self._tables.check()
         self._allocations.check()
 
     def _serve(self, request: Request) -> None:
+        """Answer a request."""
+        try:
+            self._dispatch(request)
+        except Refused as refused:
+            self._answers.refuse(request, refused)
+        except UndecodableAttribute as error:
+            self._answers.refuse(request, Refused(ErrorCode.BAD_REQUEST, str(error)))
+
+    def _dispatch(self, request: Request) -> None:
         message = request.message
         if message.truncated:
             raise Refused(ErrorCode.BAD_REQUEST, "an attribute runs past the end")
@@ -172,7 +199,8 @@ class Server:
         handler = self._handlers.get(method)
         if handler is None:
             raise Refused(ErrorCode.BAD_REQUEST, f"unknown method {method:#05x}")
-        handler(request, self._admission.authenticate(request))
+        self._admission.admit(request)
+        handler(request)
 
     def _binding(self, request: Request) -> None:
         """RFC 8489 §6.3.1: what is your address, seen from here."""

@@ -19,6 +19,8 @@ class Settings:
     one_allocation_per_username: bool
     max_allocations_per_username: int | None = None
     max_allocations_per_ip: int | None = None  # for IPv6, per /64
-    unauthenticated_rate_per_prefix: int = 0  # answers per second; 0: no limit
+    max_channels_per_allocation: int | None = None
+    ignores_refused_peers: bool = False  # say "success" where a peer is forbidden, not 403
+    unauthenticated_rate_per_prefix: int = 0  # units of work per second; 0: no limit
     unauthenticated_rate: int = 0  # likewise, in all
     software: str | None = None

@@ -22,13 +22,18 @@ class State:
     answers: Answers
     commands: deque[Command]
 
-    def allocation(self, request: Request, username: str) -> Allocation:
+    def allocation(self, request: Request) -> Allocation:
         """Find the allocation that a request other than Allocate is about. RFC 8656 §5."""
+        allocation = self.any_allocation(request)
+        if allocation.user != request.user:
+            raise Refused(ErrorCode.WRONG_CREDENTIALS, "made by another user")
+        return allocation
+
+    def any_allocation(self, request: Request) -> Allocation:
+        """Find what the 5-tuple of a request holds, whoever made it."""
         allocation = self.tables.of_client(request.client)
         if allocation is None:
             raise Refused(ErrorCode.ALLOCATION_MISMATCH, "this 5-tuple has no allocation")
-        if allocation.username != username:
-            raise Refused(ErrorCode.WRONG_CREDENTIALS, "made by another username")
         return allocation
 
     def is_relayed_here(self, address: Address) -> bool:

@@ -5,12 +5,13 @@ each change of what is relayed leaves as a command, and that everything has a de
 """
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
 
-from relay.stun.address import prefix_of
-from relay.stun.const import Family
+from relay.stun.address import family_of, prefix_of
+from relay.stun.const import ErrorCode, Family, Method
 from relay.turn.commands import (
     BindChannel,
     ClientAddress,
@@ -19,11 +20,19 @@ from relay.turn.commands import (
     PeerAddress,
     UnbindChannel,
 )
+from relay.turn.ended import EndedTransactions
 from relay.turn.ports import FreePorts
+from relay.turn.ratelimit import ClientBudget
 from relay.turn.timerwheel import TimerWheel
 
 CHANNEL_LIFETIME: Final = 600  # seconds. RFC 8656 §12
 CHANNEL_COOLDOWN: Final = 300  # seconds until number and peer are free again. RFC 8656 §12
+
+# How much is ended in one go: as many channels, each of which is some 3 µs of work. So many clients
+# may come and go at one time that all of their deadlines together would hold up everyone's data.
+ENDED_AT_ONCE: Final = 500
+_ALLOCATION_COSTS: Final = 20  # as much as so many channels, to end: sockets have to be closed
+_PORTION: Final = 8  # deadlines that are looked at before the work they made is weighed
 
 # Bytes of a client's address by which its allocations are counted.
 IPV4_SITE: Final = 4  # all of it
@@ -67,17 +76,26 @@ class Channel:
 
 @dataclass(slots=True, eq=False)
 class Allocation:
-    """A relay port lent to one client until *expires_at*. RFC 8656 §6."""
+    """A relay port lent to one client. RFC 8656 §6.
+
+    Each family of a dual allocation has an end of its own: a Refresh may be about one of them.
+    """
 
     client: ClientAddress
-    username: str
+    user: str  # who made it, see Authenticator.user_of
     port: int
-    families: tuple[Family, ...]  # those of its relayed addresses, IPv4 first
+    expires_at: dict[Family, float]  # monotonic seconds; a relayed address in each, IPv4 first
+    address_errors: dict[Family, ErrorCode]  # why there is none in a family that was asked for
     transaction_id: bytes  # of the Allocate that made it
-    lifetime: int  # seconds, as granted to that Allocate
-    expires_at: float  # monotonic seconds
+    nonce_issued: int  # when that of the Allocate was, in monotonic seconds
+    budget: ClientBudget = field(default_factory=ClientBudget)
     channels: dict[int, Channel] = field(default_factory=dict)
     channels_by_peer: dict[PeerAddress, Channel] = field(default_factory=dict)
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """The families of its relayed addresses, IPv4 first."""
+        return tuple(self.expires_at)
 
 
 class Tables:
@@ -89,10 +107,11 @@ class Tables:
         self._by_client: dict[ClientAddress, Allocation] = {}
         self._by_port: dict[int, Allocation] = {}
         # A dict serves as an ordered set.
-        self._by_username: dict[str, dict[Allocation, None]] = {}
+        self._by_user: dict[str, dict[Allocation, None]] = {}
         self._by_site: Counter[bytes] = Counter()
         self._deadlines: TimerWheel[Allocation | Channel] = TimerWheel(now)
         self._commands = commands
+        self.ended = EndedTransactions()
         self.sockets = 0  # relay ports in use, counted once per family
         self.channels = 0  # bound and cooling ones
         self.bound = 0
@@ -100,9 +119,9 @@ class Tables:
     def __len__(self) -> int:
         return len(self._by_client)
 
-    def all_channels(self) -> list[Channel]:
-        """Return every channel, cooling ones too."""
-        return [c for a in self._by_client.values() for c in a.channels.values()]
+    def all_allocations(self) -> list[Allocation]:
+        """Return every allocation."""
+        return list(self._by_client.values())
 
     def of_client(self, client: ClientAddress) -> Allocation | None:
         """Return the allocation of a 5-tuple."""
@@ -112,13 +131,13 @@ class Tables:
         """Return the allocation that holds a relay port."""
         return self._by_port.get(port)
 
-    def of_username(self, username: str) -> list[Allocation]:
-        """Return the allocations made with a username, oldest first."""
-        return list(self._by_username.get(username, ()))
+    def of_user(self, user: str) -> list[Allocation]:
+        """Return the allocations that a user made, oldest first."""
+        return list(self._by_user.get(user, ()))
 
-    def count_of_username(self, username: str) -> int:
-        """Return how many allocations were made with a username."""
-        return len(self._by_username.get(username, ()))
+    def count_of_user(self, user: str) -> int:
+        """Return how many allocations a user has."""
+        return len(self._by_user.get(user, ()))
 
     def at_site(self, site: bytes) -> int:
         """Return how many allocations the clients of a site have."""
@@ -135,40 +154,45 @@ class Tables:
         assert allocation.port not in self._by_port
         self._by_client[allocation.client] = allocation
         self._by_port[allocation.port] = allocation
-        self._by_username.setdefault(allocation.username, {})[allocation] = None
+        self._by_user.setdefault(allocation.user, {})[allocation] = None
         self._by_site[site_of(allocation.client[0][0])] += 1
-        self._deadlines.schedule(allocation, allocation.expires_at)
-        self.sockets += len(allocation.families)
+        self._deadlines.schedule(allocation, min(allocation.expires_at.values()))
+        self.sockets += len(allocation.expires_at)
 
-    def refresh(self, allocation: Allocation, expires_at: float) -> None:
-        """Move an allocation's end, in either direction."""
-        allocation.expires_at = expires_at
-        self._deadlines.schedule(allocation, expires_at)
+    def refresh(self, allocation: Allocation, families: Iterable[Family], end: float) -> None:
+        """Move the end of an allocation's *families*, in either direction."""
+        for family in families:
+            allocation.expires_at[family] = end
+        self._deadlines.schedule(allocation, min(allocation.expires_at.values()))
 
-    def delete(self, allocation: Allocation) -> None:
-        """Free an allocation with its port and all its channels, cooling ones too."""
-        for channel in allocation.channels.values():
+    def delete(self, allocation: Allocation, families: tuple[Family, ...] | None = None) -> None:
+        """Free an allocation, or some of its *families*, with all channels, cooling ones too.
+
+        When no family is left nothing is left of it, and its 5-tuple and port are free.
+        """
+        present = allocation.families
+        families = present if families is None else families
+        if len(families) == len(present):
+            ending = list(allocation.channels.values())
+        else:
+            ending = [c for c in allocation.channels.values() if family_of(c.peer[0]) in families]
+        bound = []
+        for channel in ending:
             self._deadlines.cancel(channel)
             if channel.state is Binding.BOUND:
-                self._unbind(channel)
+                bound.append((channel.number, channel.peer))
             channel.state = Binding.GONE
-        self.channels -= len(allocation.channels)
-        self.sockets -= len(allocation.families)
-        allocation.channels.clear()
-        allocation.channels_by_peer.clear()
-        self._deadlines.cancel(allocation)
-        del self._by_client[allocation.client]
-        del self._by_port[allocation.port]
-        namesakes = self._by_username[allocation.username]
-        del namesakes[allocation]
-        if not namesakes:
-            del self._by_username[allocation.username]
-        site = site_of(allocation.client[0][0])
-        self._by_site[site] -= 1
-        if not self._by_site[site]:
-            del self._by_site[site]
-        self._commands.append(ClosePort(allocation.port))
-        self.free_ports.give_back(allocation.port)
+            del allocation.channels[channel.number], allocation.channels_by_peer[channel.peer]
+        self.channels -= len(ending)
+        self.bound -= len(bound)
+        self.sockets -= len(families)
+        for family in families:
+            del allocation.expires_at[family]
+        self._commands.append(ClosePort(allocation.client, allocation.port, families, bound))
+        if allocation.expires_at:
+            self._deadlines.schedule(allocation, min(allocation.expires_at.values()))
+        else:
+            self._forget(allocation)
 
     def bind(
         self,
@@ -205,12 +229,38 @@ class Tables:
             self._bind(channel, reaches_outside=reaches_outside)
 
     def expire(self, now: float) -> None:
-        """Serve every deadline up to *now*."""
-        for due in self._deadlines.advance(now):
-            if isinstance(due, Allocation):
-                self.delete(due)
-            elif due.state is not Binding.GONE:  # gone with its allocation, a moment ago
-                self._expire_channel(due, now)
+        """Serve the deadlines up to *now*, or a portion of them if there are many."""
+        work = 0
+        while work < ENDED_AT_ONCE and self._deadlines.has_passed(now):
+            for due in self._deadlines.advance(now, _PORTION):
+                if isinstance(due, Allocation):
+                    work += _ALLOCATION_COSTS + len(due.channels)
+                    self._expire_allocation(due, now)
+                elif due.state is not Binding.GONE:  # gone with its allocation, a moment ago
+                    work += 1
+                    self._expire_channel(due, now)
+            work += 1
+
+    def _expire_allocation(self, allocation: Allocation, now: float) -> None:
+        ended = tuple(family for family, end in allocation.expires_at.items() if end <= now)
+        assert ended
+        self.delete(allocation, ended)
+
+    def _forget(self, allocation: Allocation) -> None:
+        client, user = allocation.client, allocation.user
+        self._deadlines.cancel(allocation)
+        del self._by_client[client]
+        del self._by_port[allocation.port]
+        of_user = self._by_user[user]
+        del of_user[allocation]
+        if not of_user:
+            del self._by_user[user]
+        site = site_of(client[0][0])
+        self._by_site[site] -= 1
+        if not self._by_site[site]:
+            del self._by_site[site]
+        self.free_ports.give_back(allocation.port)
+        self.ended.add(client, Method.ALLOCATE, allocation.transaction_id)
 
     def _expire_channel(self, channel: Channel, now: float) -> None:
         channel.state = NEXT[channel.state, Input.EXPIRED]
@@ -241,21 +291,22 @@ class Tables:
         allocations = list(self._by_client.values())
         assert {a.client for a in allocations} == set(self._by_client)
         assert {a.port: a for a in allocations} == self._by_port
-        assert set(allocations) == {a for some in self._by_username.values() for a in some}
+        assert set(allocations) == {a for some in self._by_user.values() for a in some}
         assert all(
-            namesakes and all(a.username == username for a in namesakes)
-            for username, namesakes in self._by_username.items()
+            some and all(a.user == user for a in some) for user, some in self._by_user.items()
         )
         for allocation in allocations:
+            assert allocation.expires_at
             assert {c.peer: c for c in allocation.channels.values()} == allocation.channels_by_peer
             for number, channel in allocation.channels.items():
                 assert channel.number == number
                 assert channel.client == allocation.client
                 assert channel.port == allocation.port
                 assert channel.state is not Binding.GONE
+                assert family_of(channel.peer[0]) in allocation.families
         self.free_ports.check(taken=self._by_port)
         assert self._by_site == Counter(site_of(a.client[0][0]) for a in allocations)
-        assert self.sockets == sum(len(a.families) for a in allocations)
+        assert self.sockets == sum(len(a.expires_at) for a in allocations)
         assert self.channels == sum(len(a.channels) for a in allocations)
         channels = [c for a in allocations for c in a.channels.values()]
         assert self.bound == sum(c.state is Binding.BOUND for c in channels)
