@@ -31,8 +31,8 @@ from tests.process import TIMEOUT, RelayProcess, Stopped, environment, free_port
 from tests.turnclient import Peer, TurnClient
 
 SOAK: Final = 30.0  # seconds, and the rest of a round
-# Rounds, after which memory must not grow. By then some thousand allocations have come and gone, and
-# what is remembered of the last ones (relay.turn.ended) has reached its bound, nearly.
+# Rounds, after which memory must not grow. By then some thousand allocations have come and gone,
+# and what is remembered of the last ones (relay.turn.ended) has reached its bound, nearly.
 WARM_UP: Final = 3
 FEWEST_ROUNDS: Final = WARM_UP + 3
 BETWEEN_DISTURBANCES: Final = 100  # exchanges of each pair

@@ -10,24 +10,27 @@ from typing import Final
 
 from relay.turn.commands import ClientAddress
 
-# Retransmissions go on for 39.5 s (RFC 8489 §6.2.1). For so many transactions to be forgotten
-# within that time, 200 allocations would have to end per second.
-REMEMBERED: Final = 1 << 13
+# How many are remembered at least; at most it is twice as many. Retransmissions go on for 39.5 s
+# (RFC 8489 §6.2.1). For a transaction to be forgotten within that time, 100 allocations would have
+# to end per second.
+REMEMBERED: Final = 1 << 12
 
 
 class EndedTransactions:
     """The last transactions that made what is gone, or ended it. Memory is bounded."""
 
     def __init__(self) -> None:
-        # Their hashes, oldest first: 64 bits, seeded at random, do as well as the whole.
-        self._known: dict[int, None] = {}
+        # Their hashes: 64 bits, seeded at random, do as well as the whole.
+        self._last: set[int] = set()
+        self._before: set[int] = set()
 
     def add(self, client: ClientAddress, method: int, transaction_id: bytes) -> None:
-        """Remember a transaction of *client*, at the cost of the one that is known longest."""
-        if len(self._known) >= REMEMBERED:
-            del self._known[next(iter(self._known))]
-        self._known[hash((client, method, transaction_id))] = None
+        """Remember a transaction of *client*, and forget the oldest now and then."""
+        if len(self._last) >= REMEMBERED:
+            self._before, self._last = self._last, set()
+        self._last.add(hash((client, method, transaction_id)))
 
     def has(self, client: ClientAddress, method: int, transaction_id: bytes) -> bool:
         """Tell if a request is a duplicate of one whose effect is over."""
-        return hash((client, method, transaction_id)) in self._known
+        key = hash((client, method, transaction_id))
+        return key in self._last or key in self._before
