@@ -56,7 +56,8 @@ class RelayPort:
                 try:
                     self._sockets[family] = open_socket(family, number, self)
                 except OSError as error:
-                    failures[family] = error
+                    # A traceback leads to this frame and so back to the error: a cycle.
+                    failures[family] = error.with_traceback(None)
         except BaseException:
             self.close()
             raise

@@ -85,22 +85,21 @@ class TimerWheel(Generic[T]):
         for the next call.
         """
         due: dict[T, float] = {}
-        passing = self._passing
         for _ in range(at_most):
-            if not passing:
+            if not self._passing:
                 if self._next > now:
                     break
                 self._cursor = int(self._next)
-                passing.update(self._empty(self._cursor % SLOTS))
+                self._passing = self._empty(self._cursor % SLOTS)
                 self._find_next()
-            item, _ = passing.popitem()
+            item, _ = self._passing.popitem()
             entry = self._entries[item]
             if entry.deadline <= now:
                 del self._entries[item]
                 due[item] = entry.deadline
             else:
                 self._file(item, entry)
-        if not passing and self._next > now:
+        if not self._passing and self._next > now:
             self._cursor = max(self._cursor, int(now))
         return sorted(due, key=due.__getitem__)
 
