@@ -45,6 +45,10 @@ class SetupError(Exception):
     """Set-up cannot go on; the text says why, and what to type."""
 
 
+class ProgramFailed(SetupError):
+    """A program ended by itself, and said that it failed."""
+
+
 def main(arguments: list[str]) -> int:
     """Run the relay, or its tests, and return the exit code."""
     try:
@@ -57,7 +61,7 @@ def main(arguments: list[str]) -> int:
         say(f"cannot set up {VENV}: {error}")
         return os.EX_UNAVAILABLE
     except KeyboardInterrupt:
-        say("interrupted; the next start goes on setting up")
+        say("interrupted; the next start sets up what is missing")
         return 130
     if command:
         os.execv(command[0], command)
@@ -117,21 +121,26 @@ def set_up(lock: Path) -> bool:
     """Bring .venv up to *lock*; return whether that took any work."""
     if is_current(lock):
         return False
-    with only_one_set_up():
+    with only_one_set_up() as held:
         if is_current(lock):  # another start did it meanwhile
             return True
-        usable = read_stamp()[:1] == [THIS_PYTHON] and VENV_PYTHON.exists()
-        install_system_packages(missing_packages(lock, new_venv=not usable))
+        stamp = read_stamp()
+        usable = stamp[:1] == [THIS_PYTHON] and VENV_PYTHON.exists()
+        install_system_packages(missing_packages(lock, new_venv=not usable), held)
         if not usable:
             unfit = ".venv is unfinished or of another Python: creating it anew"
             say(unfit if VENV.exists() else "first start: creating .venv")
-            run([sys.executable, "-m", "venv", "--clear", str(VENV)])
-            # What is typed by hand from here on counts: the next start keeps this .venv.
-            STAMP.write_text(f"{THIS_PYTHON}\n")
+            run([sys.executable, "-m", "venv", "--clear", str(VENV)], held)
+            stamp = [THIS_PYTHON]  # a .venv is kept when pip fails: what is typed by hand counts
         say(f"installing {lock.relative_to(ROOT)} into .venv (pip)")
-        run(pip_install(str(VENV_PYTHON), lock))
+        STAMP.unlink(missing_ok=True)  # pip that is killed leaves packages in halves
+        try:
+            run(pip_install(str(VENV_PYTHON), lock), held)
+        except ProgramFailed:
+            write_stamp(stamp)
+            raise
         installed = [RUN_LOCK, TEST_LOCK] if lock == TEST_LOCK else [RUN_LOCK]
-        STAMP.write_text("\n".join([THIS_PYTHON, *map(stamp_line, installed), ""]))
+        write_stamp([THIS_PYTHON, *map(stamp_line, installed)])
     return True
 
 
@@ -146,22 +155,32 @@ def read_stamp() -> list[str]:
     return STAMP.read_text().splitlines() if STAMP.exists() else []
 
 
+def write_stamp(lines: list[str]) -> None:
+    """Say what is in .venv, once that is on the disk."""
+    os.sync()  # or a power cut might leave the stamp and take what it stands for
+    STAMP.write_text("".join(f"{line}\n" for line in lines))
+
+
 def stamp_line(lock: Path) -> str:
     """Return the line by which the stamp names this very content of *lock*."""
     return f"{lock.name} {hashlib.sha256(lock.read_bytes()).hexdigest()}"
 
 
 @contextmanager
-def only_one_set_up() -> Iterator[None]:
-    """Wait until no other start of this checkout is setting up, and hold off the next."""
+def only_one_set_up() -> Iterator[int]:
+    """Wait until nothing else sets up this checkout, and hold off the next; yield the lock.
+
+    The lock is a descriptor and held until its last copy is closed. Each program that sets up
+    gets a copy, so what a killed start leaves running still holds off the next one.
+    """
     directory = os.open(ROOT, os.O_RDONLY)  # a lock file would be litter, or in the way of --clear
     try:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another start is setting up .venv: waiting for it")
+            say("another start, or what one left running, is setting up .venv: waiting for it")
             fcntl.flock(directory, fcntl.LOCK_EX)
-        yield
+        yield directory
     finally:
         os.close(directory)
 
@@ -181,7 +200,7 @@ def missing_packages(lock: Path, *, new_venv: bool) -> list[str]:
     return [package for package, is_present in present.items() if not is_present]
 
 
-def install_system_packages(packages: list[str]) -> None:
+def install_system_packages(packages: list[str], held: int) -> None:
     """Install *packages* if the system and the user allow it, or else say how."""
     if not packages:
         return
@@ -195,7 +214,8 @@ def install_system_packages(packages: list[str]) -> None:
     say(f"installing system packages: {names} (apt-get)")
     # A new machine has no package lists. A failed update is not final: old ones may do.
     install = "apt-get -o DPkg::Lock::Timeout=120 install -y --no-install-recommends"
-    run(["sh", "-c", f"export DEBIAN_FRONTEND=noninteractive; apt-get update; {install} {names}"])
+    update = "export DEBIAN_FRONTEND=noninteractive; apt-get update"
+    run(["sh", "-c", f"{update}; exec {install} {names}"], held)
 
 
 def pip_install(python: str, lock: Path) -> list[str]:
@@ -204,26 +224,32 @@ def pip_install(python: str, lock: Path) -> list[str]:
     return [python, "-m", "pip", "install", *options, "-r", str(lock)]
 
 
-def run(command: list[str]) -> None:
-    """Run *command* unheard; should it fail, tell its last lines and how to repeat it."""
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
-        try:
-            output, _ = process.communicate()
-        except KeyboardInterrupt:
-            process.terminate()  # not kill, and wait: dpkg leaves its database in order
-            process.communicate()
-            raise
-    if process.returncode != 0:
-        end = "".join(f"\n    {line}" for line in output.splitlines()[-12:])
-        raise SetupError(f"that failed:{end}\nrelay.py: to try again, type: {shlex.join(command)}")
+def run(command: list[str], held: int) -> None:
+    """Run *command* unheard, with a copy of the lock *held*; raise SetupError if it fails."""
+    # Memory, not a pipe: a pipe would break with this process, and apt-get with the pipe.
+    with os.fdopen(os.memfd_create("output"), "w+b") as output:
+        with subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[held],
+        ) as process:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                process.terminate()  # not kill, and wait: dpkg leaves its database in order
+                process.wait()
+                raise
+        output.seek(0)
+        lines = output.read().decode(errors="replace").splitlines()
+    if process.returncode < 0:
+        raise SetupError(f"{shlex.join(command)}: killed by signal {-process.returncode}")
+    if process.returncode > 0:
+        end = "".join(f"\n    {line}" for line in lines[-12:])
+        again = f"relay.py: to go on, start again; to try that alone, type: {shlex.join(command)}"
+        raise ProgramFailed(f"that failed:{end}\n{again}")
 
 
 def say(text: str) -> None:

@@ -35,8 +35,9 @@ CREATING = "relay.py: first start: creating .venv"
 CREATING_ANEW = "relay.py: .venv is unfinished or of another Python: creating it anew"
 INSTALLING = "relay.py: installing requirements/run.lock into .venv (pip)"
 INSTALLING_TESTS = "relay.py: installing requirements/test.lock into .venv (pip)"
-WAITING = "relay.py: another start is setting up .venv: waiting for it"
-INTERRUPTED = "relay.py: interrupted; the next start goes on setting up"
+WAITING = "relay.py: another start, or what one left running, is setting up .venv: waiting for it"
+INTERRUPTED = "relay.py: interrupted; the next start sets up what is missing"
+TO_GO_ON = "relay.py: to go on, start again; to try that alone, type: "
 
 
 def test_first_start_announces_each_step_and_runs_the_relay(checkout: Checkout) -> None:
@@ -116,7 +117,7 @@ def test_changed_test_lock_does_not_concern_the_relay(checkout: Checkout) -> Non
 
 
 def test_failed_pip_says_what_to_type(checkout: Checkout) -> None:
-    checkout.pip_fails("no route to the package index")
+    checkout.fails("pip", "no route to the package index")
 
     start = checkout.start()
 
@@ -128,17 +129,17 @@ def test_failed_pip_says_what_to_type(checkout: Checkout) -> None:
         "relay.py: that failed:",
         "    no route to the package index",
     ]
-    typed = start.said[4].removeprefix("relay.py: to try again, type: ")
+    typed = start.said[4].removeprefix(TO_GO_ON)
     assert checkout.type_in(typed) == 1  # it is the command that failed
-    checkout.pip_works()
+    checkout.works("pip")
     assert checkout.type_in(typed) == 0
 
 
 def test_after_a_failed_pip_the_venv_is_kept(checkout: Checkout) -> None:
     """So that packages installed by hand, as the message said, are found."""
-    checkout.pip_fails("no route to the package index")
+    checkout.fails("pip", "no route to the package index")
     checkout.start()
-    checkout.pip_works()
+    checkout.works("pip")
     checkout.forget_calls()
 
     start = checkout.start()
@@ -150,7 +151,7 @@ def test_after_a_failed_pip_the_venv_is_kept(checkout: Checkout) -> None:
 
 def test_failed_update_of_the_tests_leaves_the_relay_startable(checkout: Checkout) -> None:
     checkout.start()
-    checkout.pip_fails("no route to the package index")
+    checkout.fails("pip", "no route to the package index")
     assert checkout.start("--run-tests").exit_code == os.EX_UNAVAILABLE
     assert checkout.start().said == []
 
@@ -218,19 +219,72 @@ def test_interrupt_while_waiting_is_one_line(checkout: Checkout) -> None:
     assert start.exit_code == 130
 
 
-def test_interrupt_ends_pip_and_the_next_start_goes_on(checkout: Checkout) -> None:
-    checkout.pip_hangs()
+def test_interrupt_ends_pip_and_the_next_start_does_not_trust_what_it_left(
+    checkout: Checkout,
+) -> None:
+    checkout.hangs("pip")
     with checkout.launch() as process:
-        pip = checkout.hanging_pip()
+        pip = checkout.hanging("pip")
         process.send_signal(signal.SIGINT)
         start = ended(process)
 
-    with pytest.raises(ProcessLookupError):
-        os.kill(pip, 0)
+    assert pip.has_ended()
     assert start.said == [CREATING, INSTALLING, INTERRUPTED]
     assert start.exit_code == 130
-    checkout.pip_works()
-    assert checkout.start().said == [INSTALLING]
+    checkout.works("pip")
+    assert checkout.start().said == [CREATING_ANEW, INSTALLING]
+
+
+@pytest.mark.parametrize("program", ["venv", "pip"])
+def test_start_after_a_killed_one_waits_for_what_that_left_running(
+    checkout: Checkout, program: str
+) -> None:
+    checkout.hangs(program)
+    with checkout.launch() as killed:
+        left_running = checkout.hanging(program)
+        killed.kill()
+        killed.wait()
+    checkout.works(program)
+
+    with checkout.launch() as next_start:
+        assert next_line(next_start) == WAITING
+        left_running.goes_on()  # and writes into .venv
+        start = ended(next_start)
+
+    assert start.said == [CREATING_ANEW, INSTALLING]
+    assert start.exit_code == 7
+    before = {"venv": ["venv"], "pip": ["venv", "pip run.lock"]}[program]
+    assert checkout.calls() == [*before, f"{program} went on", "venv", "pip run.lock"]
+    assert not checkout.rest_of(program).exists()
+
+
+@pytest.mark.parametrize("program", ["venv", "pip"])
+def test_start_after_all_was_killed_sets_up_anew(checkout: Checkout, program: str) -> None:
+    checkout.hangs(program)
+    with checkout.launch() as killed:
+        left_running = checkout.hanging(program)
+        killed.kill()
+        killed.wait()
+    left_running.is_killed()
+    checkout.works(program)
+
+    with checkout.launch() as process:
+        start = ended(process)
+
+    assert [line for line in start.said if line != WAITING] == [CREATING_ANEW, INSTALLING]
+    assert start.exit_code == 7
+
+
+def test_pip_that_is_killed_is_told_from_one_that_fails(checkout: Checkout) -> None:
+    checkout.hangs("pip")
+    with checkout.launch() as process:
+        checkout.hanging("pip").is_killed()
+        start = ended(process)
+    assert re.fullmatch(r"relay.py: .*/run.lock': killed by signal 9", start.said[-1])
+    assert start.exit_code == os.EX_UNAVAILABLE
+    checkout.works("pip")
+
+    assert checkout.start().said == [CREATING_ANEW, INSTALLING]
 
 
 @pytest.mark.parametrize("value", ["1", "yes"])
@@ -324,7 +378,7 @@ def test_who_may_not_install_packages_is_told_how(
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(launcher.SetupError, match=r"missing; .*install.* gcc"):
-        launcher.install_system_packages(["gcc"])
+        launcher.install_system_packages(["gcc"], held=0)
 
 
 @pytest.mark.skipif(not Path("/etc/debian_version").exists(), reason="Debian's ways")
@@ -332,7 +386,7 @@ class TestDebian:
     def test_root_installs_what_is_missing(
         self, launcher: ModuleType, apt_get: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        launcher.install_system_packages(["gcc", "libcap-dev"])
+        launcher.install_system_packages(["gcc", "libcap-dev"], held=0)
 
         said = "relay.py: installing system packages: gcc libcap-dev (apt-get)\n"
         assert capfd.readouterr() == ("", said)
@@ -344,8 +398,30 @@ class TestDebian:
         with apt_get.open("a") as script:
             script.write("echo no such mirror\nexit 100\n")
         with pytest.raises(launcher.SetupError) as raised:
-            launcher.install_system_packages(["gcc"])
+            launcher.install_system_packages(["gcc"], held=0)
         assert re.search(r"    no such mirror\n.*type: sh -c .* install .* gcc", str(raised.value))
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root installs packages")
+    def test_apt_get_survives_a_killed_start_and_the_next_waits_for_it(
+        self, checkout: Checkout
+    ) -> None:
+        """Cut off in the middle, it would leave a mess that takes a person to clean up."""
+        checkout.needs_a_compiler()
+        checkout.hangs("apt-get")
+        with checkout.launch(PATH=checkout.programs) as killed:
+            apt_get = checkout.hanging("apt-get")
+            killed.kill()
+            killed.wait()
+        checkout.works("apt-get")
+
+        with checkout.launch(PATH=checkout.programs) as next_start:
+            assert next_line(next_start) == WAITING
+            apt_get.goes_on()  # and says so, to whom it may concern
+            start = ended(next_start)
+
+        assert start.said[-2:] == [CREATING, INSTALLING]
+        assert start.exit_code == 7
+        assert checkout.calls()[:3] == ["apt-get", "apt-get went on", "apt-get"]
 
     @pytest.fixture
     def apt_get(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -411,6 +487,26 @@ class Start:
         return seen
 
 
+@dataclass(frozen=True)
+class Hanging:
+    """A stand-in that stopped halfway."""
+
+    pid: int
+
+    def goes_on(self) -> None:
+        os.kill(self.pid, signal.SIGUSR1)
+
+    def is_killed(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def has_ended(self) -> bool:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+
 class Checkout:
     """A copy of the launcher, with stand-ins for all that it starts."""
 
@@ -431,8 +527,7 @@ class Checkout:
         (self.root / "relay" / "cli.py").write_text(RELAY)
         self._stand_ins.mkdir()
         for name, body in [("venv", VENV), ("pip", PIP), ("pytest", PYTEST)]:
-            (self._stand_ins / f"{name}.py").write_text(LOG + body)
-        self.pip_works()
+            self._stand_in(name, self._stand_ins / f"{name}.py", body)
 
     def start(self, *arguments: str, **options: str | Path) -> Start:
         with self.launch(*arguments, **options) as process:
@@ -485,27 +580,49 @@ class Checkout:
     def forget_calls(self) -> None:
         (self._stand_ins / "calls").unlink()
 
-    def pip_works(self) -> None:
-        (self._stand_ins / "pip_does").write_text("")
+    def works(self, program: str) -> None:
+        (self._stand_ins / f"{program} does").write_text("")
 
-    def pip_fails(self, message: str) -> None:
-        (self._stand_ins / "pip_does").write_text(f"sys.exit({message!r})")
+    def fails(self, program: str, message: str) -> None:
+        (self._stand_ins / f"{program} does").write_text(f"sys.exit({message!r})")
 
-    def pip_hangs(self) -> None:
-        os.mkfifo(self._stand_ins / "pip_pid")
-        (self._stand_ins / "pip_does").write_text(HANG)
+    def hangs(self, program: str) -> None:
+        """Have *program* stop halfway, until it is told to go on."""
+        os.mkfifo(self._stand_ins / f"{program} hangs")
+        (self._stand_ins / f"{program} does").write_text(HANG)
 
-    def hanging_pip(self) -> int:
-        """Wait until pip hangs; return its process id."""
-        pipe = os.open(self._stand_ins / "pip_pid", os.O_RDWR)  # which need not wait for pip
+    def hanging(self, program: str) -> Hanging:
+        """Wait until *program* hangs."""
+        pipe = os.open(self._stand_ins / f"{program} hangs", os.O_RDWR)  # which need not wait
         try:
-            assert select.select([pipe], [], [], 60)[0], "pip was not started"
-            return int(os.read(pipe, 100))
+            assert select.select([pipe], [], [], 60)[0], f"{program} was not started"
+            return Hanging(int(os.read(pipe, 100)))
         finally:
             os.close(pipe)
 
+    def rest_of(self, program: str) -> Path:
+        """Return what *program* writes into .venv when it goes on."""
+        return self.root / ".venv" / f"rest of {program}"
+
+    @property
+    def programs(self) -> Path:
+        """A search path on which there is apt-get, but no compiler."""
+        return self._stand_ins / "bin"
+
+    def needs_a_compiler(self) -> None:
+        self.run_lock.write_text("python-prctl==1.8.1\n")
+        self.programs.mkdir()
+        (self.programs / "sh").symlink_to("/bin/sh")
+        self._stand_in("apt-get", self.programs / "apt-get", APT_GET)
+
     def relay_imports(self, module: str) -> None:
         (self.root / "relay" / "cli.py").write_text(f"import {module}\n")
+
+    def _stand_in(self, name: str, path: Path, body: str) -> None:
+        head = f"#!{sys.executable}\nname, here = {name!r}, {str(self._stand_ins)!r}\n"
+        path.write_text(head + LOG + body)
+        path.chmod(0o755)
+        self.works(name)
 
     def _environment(self) -> dict[str, str | Path]:
         return {
@@ -539,7 +656,7 @@ LOG = """
 import os, shlex, shutil, signal, sys
 from pathlib import Path
 
-here = Path(__file__).parent
+here = Path(here)
 
 def log(line):
     with (here / "calls").open("a") as calls:
@@ -551,8 +668,9 @@ log("venv")
 venv = Path(sys.argv[-1])
 if venv.exists() and "--clear" in sys.argv:
     shutil.rmtree(venv)
-python = Path(sys.executable).resolve()
 (venv / "bin").mkdir(parents=True)
+exec((here / "venv does").read_text())
+python = Path(sys.executable).resolve()
 (venv / "bin" / "python").symlink_to(python)
 config = f"home = {python.parent}\\ninclude-system-site-packages = false\\n"
 (venv / "pyvenv.cfg").write_text(config)
@@ -562,13 +680,26 @@ PIP = """
 assert sys.argv[1] == "install"
 assert "--require-hashes" in sys.argv
 log(f"pip {Path(sys.argv[-1]).name}")
-exec((here / "pip_does").read_text())
+venv = Path(sys.prefix)
+exec((here / "pip does").read_text())
+"""
+
+APT_GET = """
+venv = None
+if "install" in sys.argv:
+    log("apt-get")
+    exec((here / "apt-get does").read_text())
 """
 
 HANG = """
 signal.alarm(60)
-(here / "pip_pid").write_text(str(os.getpid()))
-signal.pause()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+(here / f"{name} hangs").write_text(str(os.getpid()))
+signal.sigwait([signal.SIGUSR1])
+print("going on", flush=True)
+if venv:
+    (venv / f"rest of {name}").touch()
+log(f"{name} went on")
 """
 
 PYTEST = """
