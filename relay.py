@@ -2,10 +2,11 @@
 """Run the relay from a checkout, setting up what it needs on first use.
 
 ``./relay.py [options]`` installs requirements/run.lock into ``.venv`` beside
-this file and hands the options to :mod:`relay.cli`; ``./relay.py --run-tests
-[pytest options]`` installs requirements/test.lock and runs pytest. While a stamp
-in .venv says that all is there, a start runs no other program. With
-``RELAY_NO_BOOTSTRAP=1`` the running interpreter is used as it is.
+this file and hands the options to :mod:`relay.cli`; ``./relay.py --setup`` does
+only the first; ``./relay.py --run-tests [pytest options]`` installs
+requirements/test.lock and runs pytest. While a stamp in .venv says that all is
+there, a start runs no other program. With ``RELAY_NO_BOOTSTRAP=1`` the running
+interpreter is used as it is.
 
 Standard library only; any Python since 3.8 gets as far as `check_python`.
 The package ``relay`` shares this directory and this file's name: import prefers
@@ -53,6 +54,10 @@ def main(arguments: list[str]) -> int:
     """Run the relay, or its tests, and return the exit code."""
     try:
         check_python(sys.version_info[:2])
+        if arguments == ["--setup"]:
+            set_up(RUN_LOCK)
+            say("all is set up; to run the relay, leave out --setup")
+            return os.EX_OK
         command = prepare(arguments)
     except SetupError as error:
         say(str(error))
@@ -121,6 +126,7 @@ def set_up(lock: Path) -> bool:
     """Bring .venv up to *lock*; return whether that took any work."""
     if is_current(lock):
         return False
+    require_writable()
     with only_one_set_up() as held:
         if is_current(lock):  # another start did it meanwhile
             return True
@@ -142,6 +148,21 @@ def set_up(lock: Path) -> bool:
         installed = [RUN_LOCK, TEST_LOCK] if lock == TEST_LOCK else [RUN_LOCK]
         write_stamp([THIS_PYTHON, *map(stamp_line, installed)])
     return True
+
+
+def require_writable() -> None:
+    """Raise SetupError where .venv cannot be written, before anything is installed."""
+    for directory in filter(Path.exists, [ROOT, VENV]):
+        if os.access(directory, os.W_OK):
+            continue
+        if os.statvfs(directory).f_flag & os.ST_RDONLY:
+            reason = f"{directory} is on a read-only file system: install it as a package (pip)"
+        else:
+            owner = directory.stat().st_uid
+            reason = (
+                f"{directory} belongs to user {owner}: as that user, type {ROOT}/relay.py --setup"
+            )
+        raise SetupError(f"cannot set up .venv; {reason}")
 
 
 def is_current(lock: Path) -> bool:
@@ -211,7 +232,7 @@ def install_system_packages(packages: list[str], held: int) -> None:
         raise SetupError(f"system packages are missing; {manager} {names}")
     if os.geteuid() != 0:
         raise SetupError(f"system packages are missing; type: sudo apt-get install -y {names}")
-    say(f"installing system packages: {names} (apt-get)")
+    say(f"installing system packages: {names} (apt-get; not with RELAY_NO_BOOTSTRAP=1)")
     # A new machine has no package lists. A failed update is not final: old ones may do.
     install = "apt-get -o DPkg::Lock::Timeout=120 install -y --no-install-recommends"
     update = "export DEBIAN_FRONTEND=noninteractive; apt-get update"

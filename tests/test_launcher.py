@@ -31,12 +31,15 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER = REPOSITORY / "relay.py"
+# Root, but to files of others.
+WITHOUT_OVERRIDE = ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override")
 CREATING = "relay.py: first start: creating .venv"
 CREATING_ANEW = "relay.py: .venv is unfinished or of another Python: creating it anew"
 INSTALLING = "relay.py: installing requirements/run.lock into .venv (pip)"
 INSTALLING_TESTS = "relay.py: installing requirements/test.lock into .venv (pip)"
 WAITING = "relay.py: another start, or what one left running, is setting up .venv: waiting for it"
 INTERRUPTED = "relay.py: interrupted; the next start sets up what is missing"
+SET_UP = "relay.py: all is set up; to run the relay, leave out --setup"
 TO_GO_ON = "relay.py: to go on, start again; to try that alone, type: "
 
 
@@ -287,6 +290,47 @@ def test_pip_that_is_killed_is_told_from_one_that_fails(checkout: Checkout) -> N
     assert checkout.start().said == [CREATING_ANEW, INSTALLING]
 
 
+def test_setup_sets_up_and_runs_nothing(checkout: Checkout) -> None:
+    start = checkout.start("--setup")
+    assert start.said == [CREATING, INSTALLING, SET_UP]
+    assert start.output == ""
+    assert start.exit_code == 0
+
+    assert checkout.start("--setup").said == [SET_UP]
+    assert checkout.start().said == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")
+def test_read_only_checkout_is_said_to_be_one(checkout: Checkout) -> None:
+    read_only = 'mount --bind -o ro "$0" "$0" && exec "$@"'
+    start = checkout.start(within=("unshare", "--mount", "sh", "-c", read_only, checkout.root))
+
+    system = f"{checkout.root} is on a read-only file system: install it as a package (pip)"
+    assert start.said == [f"relay.py: cannot set up .venv; {system}"]
+    assert start.exit_code == os.EX_UNAVAILABLE
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give the checkout away")
+def test_checkout_of_another_user_says_whose_it_is(checkout: Checkout) -> None:
+    os.chown(checkout.root, 12345, -1)
+    start = checkout.start(within=WITHOUT_OVERRIDE)
+
+    typed = f"as that user, type {checkout.launcher} --setup"
+    assert start.said == [
+        f"relay.py: cannot set up .venv; {checkout.root} belongs to user 12345: {typed}"
+    ]
+    assert start.exit_code == os.EX_UNAVAILABLE
+    assert checkout.calls() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give the checkout away")
+def test_checkout_of_another_user_that_is_set_up_runs(checkout: Checkout) -> None:
+    checkout.start()
+    os.chown(checkout.root, 12345, -1)
+    os.chown(checkout.root / ".venv", 12345, -1)
+    assert checkout.start(within=WITHOUT_OVERRIDE).exit_code == 7
+
+
 @pytest.mark.parametrize("value", ["1", "yes"])
 def test_no_bootstrap_runs_this_interpreter_as_it_is(checkout: Checkout, value: str) -> None:
     start = checkout.start("--name", "b", RELAY_NO_BOOTSTRAP=value)
@@ -388,7 +432,8 @@ class TestDebian:
     ) -> None:
         launcher.install_system_packages(["gcc", "libcap-dev"], held=0)
 
-        said = "relay.py: installing system packages: gcc libcap-dev (apt-get)\n"
+        how = "(apt-get; not with RELAY_NO_BOOTSTRAP=1)"
+        said = f"relay.py: installing system packages: gcc libcap-dev {how}\n"
         assert capfd.readouterr() == ("", said)
         update, install = (apt_get.parent / "calls").read_text().splitlines()
         assert update == "noninteractive update"
@@ -529,8 +574,10 @@ class Checkout:
         for name, body in [("venv", VENV), ("pip", PIP), ("pytest", PYTEST)]:
             self._stand_in(name, self._stand_ins / f"{name}.py", body)
 
-    def start(self, *arguments: str, **options: str | Path) -> Start:
-        with self.launch(*arguments, **options) as process:
+    def start(
+        self, *arguments: str, within: tuple[str | Path, ...] = (), **options: str | Path
+    ) -> Start:
+        with self.launch(*arguments, within=within, **options) as process:
             return ended(process)
 
     @contextmanager
@@ -539,10 +586,11 @@ class Checkout:
         *arguments: str,
         python: str | Path = sys.executable,
         launcher: str | Path | None = None,
+        within: tuple[str | Path, ...] = (),
         **environment: str | Path,
     ) -> Iterator[subprocess.Popen[str]]:
         with subprocess.Popen(
-            [python, launcher or self.launcher, *arguments],
+            [*within, python, launcher or self.launcher, *arguments],
             cwd="/",
             env={**self._environment(), **environment},
             stdin=subprocess.DEVNULL,
