@@ -238,6 +238,7 @@ class Flood:
 
     name: str
     datagrams: Callable[[Scenario, Client], Iterator[Datagram]]
+    from_strangers: bool = False  # it takes neither credentials nor a nonce
 
 
 def bindings(_: Scenario, mallory: Client) -> Iterator[Datagram]:
@@ -353,19 +354,21 @@ def coming_and_going(relay: Scenario, _: Client) -> Iterator[Datagram]:
 
 MOST_ATTRIBUTES: Final = (LARGEST - 20) // 4
 
-BINDING: Final = Flood("Binding request", bindings)
+BINDING: Final = Flood("Binding request", bindings, from_strangers=True)
 FLOODS: Final = (
     BINDING,
-    Flood("garbage", garbage),
-    Flood("garbage that begins as STUN does", garbage_like_stun),
-    Flood("ChannelData on channels that are not bound", unbound_channel_data),
-    Flood(f"indication of {MOST_ATTRIBUTES} attributes", indications),
-    Flood(f"request of {MOST_ATTRIBUTES} unknown attributes", unknown_attributes),
-    Flood("wrong FINGERPRINT, 2 KiB", wrong_fingerprints),
+    Flood("garbage", garbage, from_strangers=True),
+    Flood("garbage that begins as STUN does", garbage_like_stun, from_strangers=True),
+    Flood("ChannelData on channels that are not bound", unbound_channel_data, from_strangers=True),
+    Flood(f"indication of {MOST_ATTRIBUTES} attributes", indications, from_strangers=True),
+    Flood(
+        f"request of {MOST_ATTRIBUTES} unknown attributes", unknown_attributes, from_strangers=True
+    ),
+    Flood("wrong FINGERPRINT, 2 KiB", wrong_fingerprints, from_strangers=True),
     Flood("wrong signature, no good nonce", wrong_signatures),
     Flood("wrong signature, good nonce", wrong_signatures_with_a_nonce),
     Flood("wrong signature, good nonce, 2 KiB", long_wrong_signatures),
-    Flood("unsigned Allocate, addresses spoofed", spoofed_allocates),
+    Flood("unsigned Allocate, addresses spoofed", spoofed_allocates, from_strangers=True),
     Flood("CreatePermission with 16 peers", permissions(16)),
     Flood("CreatePermission with 150 peers", permissions(150)),
     Flood("Refresh", refreshes),

@@ -6,9 +6,11 @@ objects here own, so a call builds next to nothing.
 
 import ctypes
 import errno
+import itertools
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Final, Literal
 
 # From <linux/udp.h>; the socket module lacks them.
@@ -62,6 +64,33 @@ class Outbox:
             _raise_unless_full(ctypes.get_errno())
             return 0
         return taken * self._frames_per_piece
+
+
+class Volleys:
+    """Datagrams of any sizes, sent over and over through a connected socket."""
+
+    def __init__(self, datagrams: Sequence[bytes], at_once: int) -> None:
+        """Send so many of *datagrams* in each call; their number is a multiple of that."""
+        self._datagrams = bytearray().join(datagrams)
+        self._vectors = (_Iovec * len(datagrams))()
+        self._headers = (_MMsgHdr * len(datagrams))()
+        start = _address_of(self._datagrams)
+        for datagram, vector, message in zip(datagrams, self._vectors, self._headers, strict=True):
+            vector.base, vector.length = start, len(datagram)
+            message.header.iov = ctypes.addressof(vector)
+            message.header.iovlen = 1
+            start += len(datagram)
+        first, size = ctypes.addressof(self._headers), ctypes.sizeof(_MMsgHdr)
+        self._starts = itertools.cycle(range(first, first + size * len(datagrams), size * at_once))
+        self._at_once = at_once
+
+    def send(self, descriptor: int) -> int:
+        """Send the next ones; return how many the kernel took."""
+        taken: int = _sendmmsg(descriptor, next(self._starts), self._at_once, socket.MSG_DONTWAIT)
+        if taken < 0:
+            _raise_unless_full(ctypes.get_errno())
+            return 0
+        return taken
 
 
 class Inbox:

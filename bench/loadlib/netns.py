@@ -41,11 +41,11 @@ class Network:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             for name in (self.clients, self.relay, self.peers):
-                _ip("netns", "add", name)
-                stack.callback(_ip, "netns", "delete", name)  # the veths go with it
+                ip("netns", "add", name)
+                stack.callback(ip, "netns", "delete", name)  # the veths go with it
             self._join(self.clients, "192.0.2.2/24", f"{RELAY_HOST}/24", "towards0")
             self._join(self.peers, f"{PEER_HOST}/24", "198.51.100.1/24", "towards1")
-            _ip("-n", self.peers, "route", "add", "default", "via", "198.51.100.1")
+            ip("-n", self.peers, "route", "add", "default", "via", "198.51.100.1")
             self._stack = stack.pop_all()
         return self
 
@@ -60,12 +60,12 @@ class Network:
     def _join(self, namespace: str, address: str, relay_address: str, name: str) -> None:
         """Lay a veth from *namespace* to the relay's, which calls its end *name*."""
         veth = "type", "veth", "peer", "name", name, "netns", self.relay
-        _ip("-n", namespace, "link", "add", "veth0", *veth)
+        ip("-n", namespace, "link", "add", "veth0", *veth)
         ends = (namespace, "veth0", address), (self.relay, name, relay_address)
         for host, device, prefix in ends:
-            _ip("-n", host, "address", "add", prefix, "dev", device)
-            _ip("-n", host, "link", "set", device, "up")
-            _ip("-n", host, "link", "set", "lo", "up")
+            ip("-n", host, "address", "add", prefix, "dev", device)
+            ip("-n", host, "link", "set", device, "up")
+            ip("-n", host, "link", "set", "lo", "up")
 
 
 @contextmanager
@@ -86,7 +86,8 @@ def _enter(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _ip(*arguments: str) -> None:
+def ip(*arguments: str) -> None:
+    """Run the program ip. Raises LoadError."""
     try:
         subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
