@@ -28,7 +28,7 @@ from relay.observe.logratelimit import LogRateLimit
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Method
 from relay.turn.auth import REALM
-from relay.turn.commands import ClientAddress
+from relay.turn.commands import ClientAddress, Drop
 from tests.scenario import Client, Scenario, Value, channel_data, request
 
 BATCHES: Final = 60
@@ -41,6 +41,8 @@ UNLIMITED: Final = 1_000_000  # answers per second
 # Beyond them, rations are small, so that they are soon used up.
 RATIONED: Final = 4  # answers per second, of which some seconds' worth may come at once
 MOST_AT_ONCE: Final = 2000  # datagrams in no time: who is still served then is not limited
+
+LIMITS: Final = {reason.value for reason in (Drop.CLIENT_RATE, Drop.PREFIX_RATE, Drop.TOTAL_RATE)}
 
 LARGEST: Final = 2048  # bytes of a STUN message that is read
 MALLORY: Final = "192.0.2.66:5000"
@@ -127,10 +129,9 @@ class Target:
 
     def is_flooded(self, *, beyond: bool) -> bool:
         """Begin; with *beyond*, say if there is a limit, and have reached it."""
-        rate = RATIONED if beyond else UNLIMITED
         self._relay = Scenario(
-            unauthenticated_rate=rate,
-            unauthenticated_rate_per_prefix=rate,
+            unauthenticated_rate=UNLIMITED,
+            unauthenticated_rate_per_prefix=UNLIMITED,
             max_allocations=1000,
         )
         mallory = self._relay.client(MALLORY).allocates(lifetime=3600)
@@ -139,6 +140,9 @@ class Target:
         if not beyond:
             return True
         self._pause = 0.0
+        self._relay.changes_settings(
+            unauthenticated_rate=RATIONED, unauthenticated_rate_per_prefix=RATIONED
+        )
         self._is_answered(
             (request(Method.BINDING).encode(), mallory.address) for _number in endless()
         )
@@ -170,12 +174,14 @@ class Target:
             relay.serves(datagram, client)
 
     def _is_answered(self, datagrams: Iterator[Datagram]) -> bool:
-        """Say whether so many are answered in no time; send until one is not."""
+        """Say whether so many are answered in no time; send until a limit turns one away."""
+        is_answered = False
         for datagram, client in itertools.islice(datagrams, MOST_AT_ONCE):
             self._relay.serves(datagram, client)
-            if not self._relay.sent():
+            is_answered = bool(self._relay.sent())
+            if not LIMITS.isdisjoint(self._relay.dropped()):
                 return False
-        return True
+        return is_answered
 
 
 Trace = Callable[[FrameType, str, object], Any]

@@ -93,6 +93,8 @@ class Full(Idle):
         super().__init__()
         self.scenario.changes_settings(max_channels=MAX_CHANNELS)
         self._clients = [self.client(number) for number in range(allocations)]
+        for client in self._clients:
+            assert client.nonce  # which is asked for now, as long as there is little to check
         self._ahead = 0.0  # seconds
         clock = self._reactor.clock
         self._reactor.clock = lambda: clock() + self._ahead
