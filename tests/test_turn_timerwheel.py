@@ -1,13 +1,50 @@
 """Deadlines in one-second slots: exact, whatever happens to them before they come."""
 
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from relay.turn.timerwheel import SLOTS, TimerWheel
+from relay.turn.timerwheel import EVERYTHING, SLOTS, Timer, TimerWheel
 
 DAY = 86_400
+T = TypeVar("T", bound=Hashable)
+
+
+@dataclass(eq=False)
+class Item(Generic[T]):
+    """Something with a name that is put on a wheel."""
+
+    name: T
+    timer: Timer | None = None
+
+
+class Wheel(Generic[T]):
+    """A wheel whose items are known by their names."""
+
+    def __init__(self, now: float) -> None:
+        self._wheel = TimerWheel[Item[T]](now)
+        self._items: dict[T, Item[T]] = {}
+
+    def __len__(self) -> int:
+        return len(self._wheel)
+
+    @property
+    def next_deadline(self) -> float | None:
+        return self._wheel.next_deadline
+
+    def schedule(self, name: T, deadline: float) -> None:
+        self._wheel.schedule(self._items.setdefault(name, Item(name)), deadline)
+
+    def cancel(self, name: T) -> None:
+        self._wheel.cancel(self._items.setdefault(name, Item(name)))
+
+    def advance(self, now: float, at_most: int = EVERYTHING) -> list[T]:
+        return [item.name for item in self._wheel.advance(now, at_most)]
 
 
 @pytest.mark.parametrize(
@@ -25,7 +62,7 @@ DAY = 86_400
     ],
 )
 def test_an_item_is_due_at_its_deadline_and_not_before(deadline: float, just_before: float) -> None:
-    wheel = TimerWheel[str](100.0)
+    wheel = Wheel[str](100.0)
     wheel.schedule("a", deadline)
 
     assert wheel.advance(just_before) == []
@@ -37,7 +74,7 @@ def test_an_item_is_due_at_its_deadline_and_not_before(deadline: float, just_bef
 
 def test_a_loop_that_sleeps_until_the_next_deadline_meets_each_of_them() -> None:
     """Two lifetimes, nothing else going on: both come, each at its own time."""
-    wheel = TimerWheel[str](0.5)
+    wheel = Wheel[str](0.5)
     wheel.schedule("hour", 3600.5)
     wheel.schedule("ten minutes", 600.5)
 
@@ -45,7 +82,7 @@ def test_a_loop_that_sleeps_until_the_next_deadline_meets_each_of_them() -> None
 
 
 def test_a_far_deadline_costs_one_waking_per_revolution_of_the_wheel() -> None:
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     wheel.schedule("a", float(DAY))
 
     *before, last = sleeping_through(wheel)
@@ -65,7 +102,7 @@ def test_a_far_deadline_costs_one_waking_per_revolution_of_the_wheel() -> None:
     ],
 )
 def test_a_deadline_in_the_past_is_due_at_once(deadline: float) -> None:
-    wheel = TimerWheel[str](100.2)
+    wheel = Wheel[str](100.2)
     wheel.schedule("a", deadline)
 
     assert wheel.next_deadline is not None
@@ -74,7 +111,7 @@ def test_a_deadline_in_the_past_is_due_at_once(deadline: float) -> None:
 
 
 def test_a_deadline_in_the_past_is_due_at_once_later_too() -> None:
-    wheel = TimerWheel[str](100.0)
+    wheel = Wheel[str](100.0)
     wheel.advance(5000.7)
     wheel.schedule("a", 200.0)
 
@@ -82,7 +119,7 @@ def test_a_deadline_in_the_past_is_due_at_once_later_too() -> None:
 
 
 def test_a_refreshed_item_is_not_due_early() -> None:
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     wheel.schedule("a", 600.0)
     wheel.schedule("a", 900.5)
 
@@ -93,7 +130,7 @@ def test_a_refreshed_item_is_not_due_early() -> None:
 
 def test_a_refreshed_item_is_due_once() -> None:
     """Though the slot in which it lay comes round as well."""
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     wheel.schedule("a", 600.0)
     wheel.schedule("a", 900.0)
 
@@ -102,7 +139,7 @@ def test_a_refreshed_item_is_due_once() -> None:
 
 
 def test_a_shortened_deadline_counts() -> None:
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     wheel.schedule("a", 3600.0)
     wheel.schedule("a", 10.5)
 
@@ -113,7 +150,7 @@ def test_a_shortened_deadline_counts() -> None:
 
 
 def test_a_deadline_can_be_shortened_within_its_second() -> None:
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     wheel.schedule("a", 10.75)
     wheel.schedule("a", 10.25)
 
@@ -122,7 +159,7 @@ def test_a_deadline_can_be_shortened_within_its_second() -> None:
 
 
 def test_a_cancelled_item_never_comes() -> None:
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     wheel.schedule("a", 10.0)
     wheel.schedule("b", 10.0)
     wheel.cancel("a")
@@ -132,7 +169,7 @@ def test_a_cancelled_item_never_comes() -> None:
 
 
 def test_a_cancelled_item_can_be_scheduled_again() -> None:
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     wheel.schedule("a", 10.0)
     wheel.cancel("a")
     wheel.schedule("a", 5.0)
@@ -142,7 +179,7 @@ def test_a_cancelled_item_can_be_scheduled_again() -> None:
 
 
 def test_cancelling_what_is_not_there_does_nothing() -> None:
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     wheel.cancel("a")
     wheel.schedule("b", 10.0)
     wheel.cancel("a")
@@ -153,7 +190,7 @@ def test_cancelling_what_is_not_there_does_nothing() -> None:
 
 
 def test_a_suspended_host_wakes_to_everything_that_came_meanwhile() -> None:
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     wheel.schedule("a", 600.0)
     wheel.schedule("b", 3600.0)
     wheel.schedule("c", DAY + 600.5)
@@ -164,7 +201,7 @@ def test_a_suspended_host_wakes_to_everything_that_came_meanwhile() -> None:
 
 
 def test_the_second_decides_the_order() -> None:
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     for item, deadline in (("c", 30.0), ("a", 10.0), ("b", 20.0)):
         wheel.schedule(item, deadline)
 
@@ -172,7 +209,7 @@ def test_the_second_decides_the_order() -> None:
 
 
 def test_the_second_decides_the_order_of_refreshed_items_too() -> None:
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     wheel.schedule("b", 10.0)
     wheel.schedule("b", 20.0)
     wheel.schedule("a", 15.0)
@@ -181,7 +218,7 @@ def test_the_second_decides_the_order_of_refreshed_items_too() -> None:
 
 
 def test_an_empty_wheel_waits_for_nothing() -> None:
-    wheel = TimerWheel[str](100.0)
+    wheel = Wheel[str](100.0)
 
     assert wheel.next_deadline is None
     assert wheel.advance(200.0) == []
@@ -189,7 +226,7 @@ def test_an_empty_wheel_waits_for_nothing() -> None:
 
 
 def test_a_wheel_that_ran_empty_waits_for_nothing() -> None:
-    wheel = TimerWheel[str](100.0)
+    wheel = Wheel[str](100.0)
     wheel.schedule("a", 300.0)
     wheel.schedule("b", 300.5)
     wheel.advance(300.5)
@@ -198,7 +235,7 @@ def test_a_wheel_that_ran_empty_waits_for_nothing() -> None:
 
 
 def test_when_everything_is_cancelled_there_is_nothing_to_wait_for() -> None:
-    wheel = TimerWheel[int](0.0)
+    wheel = Wheel[int](0.0)
     for item in range(100):
         wheel.schedule(item, item * 60.5)
         wheel.schedule(item, item * 90.5)
@@ -212,7 +249,7 @@ def test_when_everything_is_cancelled_there_is_nothing_to_wait_for() -> None:
 def test_the_wheel_starts_anywhere_on_the_clock() -> None:
     """The slot of the start is not slot 0, so the ring closes somewhere in the middle."""
     for start in (0.0, 1.5, SLOTS - 1.0, SLOTS - 0.5, float(SLOTS), 10.25 * SLOTS, 1e9):
-        wheel = TimerWheel[str](start)
+        wheel = Wheel[str](start)
         wheel.schedule("late", start + 3600.0)
         wheel.schedule("soon", start + 1.0)
         assert sleeping_through(wheel) == [
@@ -223,7 +260,7 @@ def test_the_wheel_starts_anywhere_on_the_clock() -> None:
 
 def test_the_wheel_reaches_an_hour_ahead_of_any_time() -> None:
     """Though nothing was due for long: who sleeps for an hour is not woken in between."""
-    wheel = TimerWheel[str](0.0)
+    wheel = Wheel[str](0.0)
     for now in (3000.25, 6000.5, float(DAY)):
         assert wheel.advance(now) == []
         wheel.schedule("a", now + 3600.0)
@@ -232,7 +269,7 @@ def test_the_wheel_reaches_an_hour_ahead_of_any_time() -> None:
 
 
 def test_many_that_are_due_together_come_in_portions() -> None:
-    wheel = TimerWheel[int](0.0)
+    wheel = Wheel[int](0.0)
     for item in range(100):
         wheel.schedule(item, 10.5)
 
@@ -243,7 +280,7 @@ def test_many_that_are_due_together_come_in_portions() -> None:
 
 
 def test_who_has_not_looked_at_all_is_not_to_sleep() -> None:
-    wheel = TimerWheel[int](0.0)
+    wheel = Wheel[int](0.0)
     for item in range(3):
         wheel.schedule(item, 10.5)
     wheel.advance(10.5, at_most=1)
@@ -254,7 +291,7 @@ def test_who_has_not_looked_at_all_is_not_to_sleep() -> None:
 
 def test_items_that_only_pass_by_count_as_looked_at() -> None:
     """They lie where their deadline was before it was moved: to move them again is work, too."""
-    wheel = TimerWheel[int](0.0)
+    wheel = Wheel[int](0.0)
     for item in range(100):
         wheel.schedule(item, 10.5)
         wheel.schedule(item, 20.5)
@@ -267,7 +304,7 @@ def test_items_that_only_pass_by_count_as_looked_at() -> None:
 
 @pytest.mark.parametrize("later", [5.0, 10.25, 10.75, 30.0])
 def test_what_waits_for_its_portion_can_be_moved_and_cancelled(later: float) -> None:
-    wheel = TimerWheel[int](0.0)
+    wheel = Wheel[int](0.0)
     for item in range(4):
         wheel.schedule(item, 10.5)
     (first,) = wheel.advance(10.5, at_most=1)
@@ -296,7 +333,7 @@ class Model(RuleBasedStateMachine):
     @initialize(start=st.floats(0.0, 1e6) | st.integers(0, 2 * SLOTS).map(float))
     def starts(self, start: float) -> None:
         self.now = start
-        self.wheel = TimerWheel[int](start)
+        self.wheel = Wheel[int](start)
         self.deadlines: dict[int, float] = {}
 
     @rule(item=items, delay=delays)
@@ -366,7 +403,7 @@ TestAgainstModel = Model.TestCase
 TestAgainstModel.settings = settings(deadline=None, max_examples=50)
 
 
-def sleeping_through(wheel: TimerWheel[str]) -> list[tuple[float, list[str]]]:
+def sleeping_through(wheel: Wheel[str]) -> list[tuple[float, list[str]]]:
     """Advance to each next deadline until there is none; return what was due when."""
     wakings = []
     while wheel.next_deadline is not None:

@@ -23,7 +23,7 @@ from relay.turn.commands import (
 from relay.turn.ended import EndedTransactions
 from relay.turn.ports import FreePorts
 from relay.turn.ratelimit import ClientBudget
-from relay.turn.timerwheel import TimerWheel
+from relay.turn.timerwheel import Timer, TimerWheel
 
 CHANNEL_LIFETIME: Final = 600  # seconds. RFC 8656 §12
 CHANNEL_COOLDOWN: Final = 300  # seconds until number and peer are free again. RFC 8656 §12
@@ -72,6 +72,7 @@ class Channel:
     peer: PeerAddress
     reaches_outside: bool  # False: only as an allocation of this very relay
     state: Binding = Binding.COOLING
+    timer: Timer | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +92,7 @@ class Allocation:
     budget: ClientBudget = field(default_factory=ClientBudget)
     channels: dict[int, Channel] = field(default_factory=dict)
     channels_by_peer: dict[PeerAddress, Channel] = field(default_factory=dict)
+    timer: Timer | None = None
 
     @property
     def families(self) -> tuple[Family, ...]:

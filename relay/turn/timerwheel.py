@@ -6,21 +6,32 @@ single store: the item stays in the slot where it lies and is filed again when t
 comes round. Nothing ever looks at all items.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from math import inf
-from typing import Final, Generic, TypeVar
-
-T = TypeVar("T", bound=Hashable)
+from typing import Final, Generic, Protocol, TypeVar
 
 SLOTS: Final = 4096  # seconds; more than the hour that an allocation may last
 EVERYTHING: Final = 1 << 62
 
 
 @dataclass(slots=True)
-class _Entry:
+class Timer:
+    """When an item is due, and where the wheel has it."""
+
     deadline: float  # seconds, on the clock of the caller
     slot: int  # where it is filed, which may come round before *deadline*
+
+
+class Timed(Protocol):
+    """What can be put on a wheel, on one at a time.
+
+    It holds its own timer: one table of all of them would hold up everything whenever it grows.
+    """
+
+    timer: Timer | None
+
+
+T = TypeVar("T", bound=Timed)
 
 
 class TimerWheel(Generic[T]):
@@ -32,7 +43,7 @@ class TimerWheel(Generic[T]):
     """
 
     def __init__(self, now: float) -> None:
-        self._entries: dict[T, _Entry] = {}
+        self._count = 0
         # A dict serves as a set that is emptied one by one at no cost.
         self._slots: list[dict[T, None] | None] = [None] * SLOTS
         self._wake = [inf] * SLOTS  # the earliest deadline ever filed in each slot
@@ -42,7 +53,7 @@ class TimerWheel(Generic[T]):
         self._passing: dict[T, None] = {}  # what lay in the slot at the cursor, not looked at yet
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._count
 
     @property
     def next_deadline(self) -> float | None:
@@ -61,22 +72,24 @@ class TimerWheel(Generic[T]):
 
     def schedule(self, item: T, deadline: float) -> None:
         """Make *item* due at *deadline*, instead of when it was due before."""
-        entry = self._entries.get(item)
-        if entry is None:
-            entry = self._entries[item] = _Entry(deadline, -1)
-        elif deadline >= entry.deadline:
-            entry.deadline = deadline
+        timer = item.timer
+        if timer is None:
+            timer = item.timer = Timer(deadline, -1)
+            self._count += 1
+        elif deadline >= timer.deadline:
+            timer.deadline = deadline
             return
         else:
-            self._take_out(item, entry.slot)
-            entry.deadline = deadline
-        self._file(item, entry)
+            self._take_out(item, timer.slot)
+            timer.deadline = deadline
+        self._file(item, timer)
 
     def cancel(self, item: T) -> None:
         """Forget *item*; nothing happens if it is not there."""
-        entry = self._entries.pop(item, None)
-        if entry is not None:
-            self._take_out(item, entry.slot)
+        timer = item.timer
+        if timer is not None:
+            self._take_out(item, timer.slot)
+            self._forget(item)
 
     def advance(self, now: float, at_most: int = EVERYTHING) -> list[T]:
         """Return what is due at *now*, earliest deadline first, and forget it.
@@ -93,19 +106,24 @@ class TimerWheel(Generic[T]):
                 self._passing = self._empty(self._cursor % SLOTS)
                 self._find_next()
             item, _ = self._passing.popitem()
-            entry = self._entries[item]
-            if entry.deadline <= now:
-                del self._entries[item]
-                due[item] = entry.deadline
+            timer = item.timer
+            assert timer is not None
+            if timer.deadline <= now:
+                self._forget(item)
+                due[item] = timer.deadline
             else:
-                self._file(item, entry)
+                self._file(item, timer)
         if not self._passing and self._next > now:
             self._cursor = max(self._cursor, int(now))
         return sorted(due, key=due.__getitem__)
 
-    def _file(self, item: T, entry: _Entry) -> None:
-        wake = min(max(entry.deadline, self._cursor), self._cursor + SLOTS - 1)
-        slot = entry.slot = int(wake) % SLOTS
+    def _forget(self, item: T) -> None:
+        item.timer = None
+        self._count -= 1
+
+    def _file(self, item: T, timer: Timer) -> None:
+        wake = min(max(timer.deadline, self._cursor), self._cursor + SLOTS - 1)
+        slot = timer.slot = int(wake) % SLOTS
         items = self._slots[slot]
         if items is None:
             self._slots[slot] = {item: None}
