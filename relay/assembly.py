@@ -34,7 +34,7 @@ from relay.observe.monitor import QUEUE_FULL, Monitor
 from relay.portal.client import PortalClient
 from relay.portal.endpoint import endpoint
 from relay.portal.phoenix import PortalEvent
-from relay.stun.address import family_of, format_endpoint
+from relay.stun.address import family_of, format_endpoint, pack_host
 from relay.stun.const import Family
 from relay.turn.auth import Authenticator, AuthFailure
 from relay.turn.commands import ClientAddress, Drop
@@ -185,7 +185,8 @@ def peer_policy_of(config: Config) -> PeerPolicy:
     if config.http_addr is not None:
         host, port = config.http_addr
         own |= {(one, port) for one in ({host, *own_hosts} if host in WILDCARDS else {host})}
-    return PeerPolicy(config.allow_peers, config.deny_peers, own=own, own_hosts=own_hosts)
+    packed = {pack_host(host) for host in own_hosts}
+    return PeerPolicy(config.allow_peers, config.deny_peers, own=own, own_hosts=packed)
 
 
 def _on_bug(counters: Counters, error: Exception) -> None:

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.turn.peers import PeerPolicy
+from relay.stun.address import pack_host
+from relay.turn.peers import NOT_PUBLIC, RULES, PeerPolicy
 
 Network = IPv4Network | IPv6Network
 
@@ -27,6 +28,7 @@ REFUSED = [
     "10.0.0.0/8",
     "100.64.0.0/10",
     "127.0.0.0/8",
+    "168.63.129.16/32",
     "169.254.0.0/16",
     "172.16.0.0/12",
     "192.0.0.0/24",
@@ -77,7 +79,10 @@ def test_first_and_last_address_of_a_special_prefix_are_refused(cidr: str) -> No
     for address in (network[0], network[-1]):
         refusal = PeerPolicy().refusal((str(address), 9))
         assert refusal is not None
-        assert refusal.startswith(f"{longest_of(REFUSED, address)} is ")
+        rule = longest_of(REFUSED, address)
+        assert rule is not None
+        assert refusal.rule == NOT_PUBLIC[rule]
+        assert refusal.text.startswith(f"{rule} is {refusal.rule}")
 
 
 @pytest.mark.parametrize("cidr", REFUSED)
@@ -235,8 +240,9 @@ def test_the_relay_itself_is_never_a_peer(peer: tuple[str, int]) -> None:
     assert PeerPolicy(allow=everything).refusal(peer) is None
     refusal = policy.refusal(peer)
     assert refusal is not None
-    assert "relay itself" in refusal
-    assert "--allow-peer" not in refusal
+    assert refusal.rule == "own relay"
+    assert "relay itself" in refusal.text
+    assert "--allow-peer" not in refusal.text
 
 
 @pytest.mark.parametrize(
@@ -281,6 +287,27 @@ def six_to_four(address: IPv4Address, filler: int = 0) -> IPv6Address:
     return IPv6Address(0x2002 << 112 | int(address) << 80 | filler & (1 << 80) - 1)
 
 
+def teredo_server(address: IPv4Address, _filler: int = 0) -> IPv6Address:
+    """RFC 4380 §4, with a client at 198.51.100.1, which the tests allow."""
+    return IPv6Address(0x20010000 << 96 | int(address) << 64 | int(PUBLIC) ^ 0xFFFFFFFF)
+
+
+def teredo_client(address: IPv4Address, filler: int = 0) -> IPv6Address:
+    """RFC 4380 §4: flags and port vary, and all bits of the address are flipped."""
+    flags_and_port = (filler & 0xFFFFFFFF) << 32
+    return IPv6Address(
+        0x20010000 << 96 | int(PUBLIC) << 64 | flags_and_port | int(address) ^ 0xFFFFFFFF
+    )
+
+
+def isatap(address: IPv4Address, filler: int = 0) -> IPv6Address:
+    """RFC 5214 §6.1: a unique address or not, in any subnet."""
+    subnet, unique = filler & 0xFFFF, filler >> 16 & 1
+    interface = unique << 57 | 0x5EFE << 32 | int(address)
+    return IPv6Address(0x20010DB8 << 96 | subnet << 64 | interface)
+
+
+PUBLIC = IPv4Address("198.51.100.1")
 Spell = Callable[[IPv4Address, int], IPv6Address]
 SPELLINGS = [
     pytest.param(mapped, "::ffff:0:0/96", id="mapped"),
@@ -288,6 +315,9 @@ SPELLINGS = [
     pytest.param(nat64, "64:ff9b::/96", id="NAT64"),
     pytest.param(local_nat64, "64:ff9b:1::/48", id="local NAT64"),
     pytest.param(six_to_four, "2002::/16", id="6to4"),
+    pytest.param(teredo_server, "2001::/32", id="server of Teredo"),
+    pytest.param(teredo_client, "2001::/32", id="client of Teredo"),
+    pytest.param(isatap, "2001:db8::/32", id="ISATAP"),
 ]
 fillers = st.integers(0, (1 << 80) - 1)
 forbidden = st.sampled_from(REFUSED_IPV4).flatmap(
@@ -308,8 +338,11 @@ def test_no_spelling_reaches_what_its_plain_form_may_not(
     peer = (str(spell(address, filler)), 9)
     halves = [str(half) for half in ip_network(prefix).subnets()]
 
+    other_end = [] if address == PUBLIC else [str(PUBLIC)]
+    policy = PeerPolicy(allow=[prefix, *halves, *other_end])
+
     assert PeerPolicy().refusal(peer) is not None
-    assert PeerPolicy(allow=[prefix, *halves]).refusal(peer) is not None
+    assert policy.refusal(peer) is not None
 
 
 @pytest.mark.parametrize(
@@ -346,51 +379,80 @@ def test_a_spelling_reaches_a_public_address_where_its_prefix_is_allowed(
 # --- What a refusal says --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cidr", REFUSED)
+NOT_ADVISED = ["0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4"]
+NOT_ADVISED += ["::/128", "::1/128", "fe80::/10", "ff00::/8"]
+ADVISED = [cidr for cidr in REFUSED if cidr not in NOT_ADVISED]
+
+
+@pytest.mark.parametrize("cidr", ADVISED)
 def test_a_refusal_names_the_rule_and_the_flag(cidr: str) -> None:
     """An address that only this prefix covers, so that one flag is all it takes."""
-    network = ip_network(cidr)
-    address = next(
-        each
-        for each in (network[-1], network[1 % network.num_addresses])
-        if longest_of(REFUSED, each) == cidr
-    )
-    refusal = PeerPolicy().refusal((str(address), 9))
+    refusal = PeerPolicy().refusal((str(only_in(cidr)), 9))
 
     assert refusal is not None
-    assert refusal.startswith(f"{cidr} is ")
-    assert advised(refusal) == cidr
+    assert refusal.text.startswith(f"{cidr} is ")
+    assert advised(refusal.text) == cidr
+
+
+@pytest.mark.parametrize("cidr", NOT_ADVISED)
+def test_what_leads_into_the_host_or_its_link_is_refused_without_advice(cidr: str) -> None:
+    """Or whoever tries 169.254.169.254 would have the log propose to open it."""
+    refusal = PeerPolicy().refusal((str(only_in(cidr)), 9))
+
+    assert refusal is not None
+    assert refusal.text == f"{cidr} is {refusal.rule}"
 
 
 @settings(deadline=None)
-@given(forbidden)
+@given(
+    st.sampled_from([cidr for cidr in ADVISED if "." in cidr]).flatmap(
+        lambda cidr: st.ip_addresses(v=4, network=cidr)
+    )
+)
 def test_the_advised_flag_does_allow_an_ipv4_peer(address: IPv4Address) -> None:
     peer = (str(address), 9)
     refusal = PeerPolicy().refusal(peer)
 
     assert refusal is not None
-    assert PeerPolicy(allow=[advised(refusal)]).refusal(peer) is None
+    assert PeerPolicy(allow=[advised(refusal.text)]).refusal(peer) is None
 
 
 @settings(deadline=None)
 @given(st.sampled_from(REFUSED).flatmap(lambda cidr: st.ip_addresses(network=cidr)))
 def test_following_the_advice_leads_to_the_peer(address: IPv4Address | IPv6Address) -> None:
-    """Where IPv4 is spelled as IPv6 the prefix of either may be in the way: two flags at most."""
+    """Where IPv4 is spelled as IPv6 a prefix of either may be in the way.
+
+    So it takes two flags at most, three for the two addresses of Teredo.
+    """
     peer = (str(address), 9)
     flags: list[str] = []
     while refusal := PeerPolicy(allow=flags).refusal(peer):
-        assert advised(refusal) not in flags
-        flags.append(advised(refusal))
+        if "--allow-peer" not in refusal.text:
+            return
+        assert advised(refusal.text) not in flags
+        flags.append(advised(refusal.text))
 
-    assert 1 <= len(flags) <= 2
+    assert 1 <= len(flags) <= 3
+
+
+@settings(deadline=None)
+@given(st.ip_addresses(), st.sampled_from([0, 9, 3478]))
+def test_refusals_can_be_counted_by_rule(address: IPv4Address | IPv6Address, port: int) -> None:
+    """There is only a handful of rules, whatever peers ask for."""
+    policy = PeerPolicy(deny=["198.51.0.0/16"], own=OWN, own_hosts={pack_host("8.8.4.4")})
+    refusal = policy.refusal((str(address), port))
+
+    assert refusal is None or refusal.rule in RULES
+    assert len(RULES) < 50
 
 
 def test_a_denial_names_its_flag() -> None:
     refusal = PeerPolicy(deny=["198.51.0.0/16"]).refusal(("198.51.99.1", 9))
 
     assert refusal is not None
-    assert refusal.startswith("--deny-peer 198.51.0.0/16; ")
-    assert "longer prefix" in refusal
+    assert refusal.rule == "deny-peer"
+    assert refusal.text.startswith("--deny-peer 198.51.0.0/16; ")
+    assert "longer prefix" in refusal.text
     longer = PeerPolicy(allow=["198.51.99.0/24"], deny=["198.51.0.0/16"])
     assert longer.refusal(("198.51.99.1", 9)) is None
 
@@ -402,26 +464,72 @@ def test_a_denied_host_is_not_promised_a_longer_prefix(host: str) -> None:
     refusal = policy.refusal((host, 9))
 
     assert refusal is not None
-    assert refusal.startswith(f"--deny-peer {host}")
-    assert "longer prefix would allow it" not in refusal
+    assert refusal.text.startswith(f"--deny-peer {host}")
+    assert "longer prefix would allow it" not in refusal.text
 
 
 # --- The relay's own host -------------------------------------------------------------------
 
 
-def test_what_else_runs_on_the_relays_host_is_refused_unless_a_flag_opens_it() -> None:
-    hosts = ["8.8.4.4", "2606:4700::1"]
-    closed = PeerPolicy(own=[("8.8.4.4", 3478)], own_hosts=hosts)
-    for host in hosts:
-        assert (
-            closed.refusal((host, 161))
-            == f"{host} is this host; --allow-peer {host} would allow it"
-        )
-    assert closed.refusal(("8.8.8.8", 161)) is None
+OURS = ["8.8.4.4", "10.0.0.5", "2606:4700::1"]
+AT_THE_WILDCARDS = [("0.0.0.0", 3478), ("::", 3478)]
 
-    opened = PeerPolicy(allow=["8.8.0.0/16"], own=[("8.8.4.4", 3478)], own_hosts=hosts)
-    assert opened.refusal(("8.8.4.4", 161)) is None
-    assert opened.refusal(("8.8.4.4", 3478)) is not None
+
+@pytest.mark.parametrize("host", OURS)
+def test_only_a_flag_for_exactly_that_address_opens_the_relays_host(host: str) -> None:
+    """A prefix that it happens to lie in is meant for others."""
+    own_hosts = {pack_host(one) for one in OURS}
+    wide = ["8.8.0.0/16", "10.0.0.0/8", "10.0.0.4/31", "2606:4700::/32", "2606:4700::/127"]
+    closed = PeerPolicy(wide, own=AT_THE_WILDCARDS, own_hosts=own_hosts)
+    refusal = closed.refusal((host, 161))
+    assert refusal is not None
+    assert refusal.rule == "own host"
+    assert refusal.text == f"{host} is this host; --allow-peer {host} would allow it"
+    for neighbour in ("8.8.8.8", "10.0.0.4", "2606:4700::"):
+        assert closed.refusal((neighbour, 161)) is None
+
+    opened = PeerPolicy([*wide, host], own=AT_THE_WILDCARDS, own_hosts=own_hosts)
+    assert opened.refusal((host, 161)) is None
+    refusal = opened.refusal((host, 3478))
+    assert refusal is not None
+    assert refusal.rule == "own relay"
+    denied = PeerPolicy([host], [host], own_hosts=own_hosts).refusal((host, 161))
+    assert denied is not None
+    assert denied.rule == "deny-peer"
+
+
+def test_no_spelling_of_ipv4_reaches_the_relays_host() -> None:
+    policy = PeerPolicy(["10.0.0.0/8", "::ffff:0:0/96"], own_hosts={pack_host("10.0.0.5")})
+    refusal = policy.refusal(("::ffff:10.0.0.5", 161))
+    assert refusal is not None
+    assert refusal.rule == "own host"
+    assert policy.refusal(("::ffff:10.0.0.6", 161)) is None
+
+
+def test_an_address_counts_as_the_hosts_own_from_when_it_has_it_until_it_goes() -> None:
+    """The policy is not built anew for that."""
+    own_hosts: set[bytes] = set()
+    policy = PeerPolicy(own=AT_THE_WILDCARDS, own_hosts=own_hosts)
+    peers = ("8.8.4.4", 161), ("8.8.4.4", 3478), ("2606:4700::1", 3478)
+    assert [policy.refusal(peer) for peer in peers] == [None] * 3
+
+    own_hosts |= {pack_host("8.8.4.4"), pack_host("2606:4700::1")}
+    refusals = [policy.refusal(peer) for peer in peers]
+    assert [each and each.rule for each in refusals] == ["own host", "own relay", "own relay"]
+
+    own_hosts.clear()
+    assert [policy.refusal(peer) for peer in peers] == [None] * 3
+
+
+def test_any_flag_for_loopback_is_about_this_host() -> None:
+    """No other host could be meant."""
+    own_hosts = {pack_host("127.0.0.1"), pack_host("::1")}
+    policy = PeerPolicy(["127.0.0.0/8", "::1/128"], own=AT_THE_WILDCARDS, own_hosts=own_hosts)
+    assert policy.refusal(("127.0.0.1", 161)) is None
+    assert policy.refusal(("::1", 161)) is None
+    assert policy.refusal(("127.0.0.1", 3478)) is not None
+    assert policy.refusal(("::1", 3478)) is not None
+    assert PeerPolicy(["0.0.0.0/0", "::/0"]).refusal(("127.0.0.1", 161)) is not None
 
 
 # --- Helpers --------------------------------------------------------------------------------
@@ -439,6 +547,16 @@ def neighbours(network: Network) -> list[IPv4Address | IPv6Address]:
     last = (1 << network.max_prefixlen) - 1
     kind = type(network[0])
     return [kind(number) for number in (below, above) if 0 <= number <= last]
+
+
+def only_in(cidr: str) -> IPv4Address | IPv6Address:
+    """Return an address that no longer prefix covers."""
+    network = ip_network(cidr)
+    return next(
+        each
+        for each in (network[-1], network[1 % network.num_addresses])
+        if longest_of(REFUSED, each) == cidr
+    )
 
 
 def advised(refusal: str) -> str:

@@ -9,7 +9,7 @@ from relay.stun.attributes import Attr
 from relay.stun.const import ErrorCode
 from relay.stun.raw import MAX_PEERS
 from relay.turn.commands import PeerAddress
-from relay.turn.peers import PeerPolicy
+from relay.turn.peers import PeerPolicy, Refusal
 from relay.turn.request import Refused, Request
 from relay.turn.state import State
 from relay.turn.tables import Allocation, Channel
@@ -105,7 +105,7 @@ class ChannelHandler:
         """Tell if channels are left to be checked."""
         return bool(self._unchecked or self._unchecked_allocations)
 
-    def _reach(self, peer: Address) -> tuple[bool | None, str | None]:
+    def _reach(self, peer: Address) -> tuple[bool | None, Refusal | None]:
         """Tell whether datagrams to *peer* may leave this relay, None if none may be sent to it.
 
         With the rule that forbids it. What this relay lends out may always be reached, from

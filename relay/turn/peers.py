@@ -7,7 +7,7 @@ The rules are compiled to integers: for each family and length of a prefix, long
 table from prefix to rule. To check a peer costs a look into each, two dozen at most.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Final, NewType
@@ -15,12 +15,14 @@ from typing import Final, NewType
 from relay.stun.address import Address, family_of, format_endpoint, pack_host, unpack_host
 from relay.stun.const import Family
 
-# The special-purpose registries of IANA, with multicast and the deprecated site-local.
+# The special-purpose registries of IANA, with multicast, the deprecated site-local, and the one
+# address of a cloud's platform that is none of these.
 NOT_PUBLIC: Final = {
     "0.0.0.0/8": "this network",
     "10.0.0.0/8": "private",
     "100.64.0.0/10": "shared address space",
     "127.0.0.0/8": "loopback",
+    "168.63.129.16/32": "Azure's platform",  # which is its resolver, among others
     "169.254.0.0/16": "link-local",
     "172.16.0.0/12": "private",
     "192.0.0.0/24": "protocol assignments",
@@ -60,77 +62,109 @@ NOT_PUBLIC: Final = {
 }
 
 
+# Why a peer is refused that no prefix is about.
+PORT_ZERO: Final = "port 0"
+OWN_RELAY: Final = "own relay"
+OWN_HOST: Final = "own host"
+DENIED: Final = "deny-peer"
+RULES: Final = frozenset({*NOT_PUBLIC.values(), PORT_ZERO, OWN_RELAY, OWN_HOST, DENIED})
+"""Every :attr:`Refusal.rule` that there can be: few enough to count by."""
+
+# Whoever asks for these is lost or looks for a way in. The log does not propose to make one.
+_NOT_ADVISED: Final = frozenset(
+    {"this network", "loopback", "link-local", "unspecified", "multicast"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a peer may not be reached."""
+
+    rule: str  # one of RULES
+    text: str  # for the log: what the rule is, and mostly how to get around it
+
+    def __str__(self) -> str:
+        return self.text
+
+
 Host = NewType("Host", tuple[Family, int])
 """A numeric host as its family and the integer that its bytes are."""
 
 _BITS: Final = {Family.IPV4: 32, Family.IPV6: 128}
 _LOOPBACK_IPV4: Final = 127  # the first byte
 _LOOPBACK_IPV6: Final = 1
+_IPV4_MASK: Final = 0xFFFFFFFF
 
-# IPv6 prefixes that carry an IPv4 address: length, prefix, and how many bits follow the address.
+# IPv6 prefixes that carry an IPv4 address: length, prefix, how many bits follow the address, and
+# which of its bits are flipped. Teredo has two: a server's, and the client's (RFC 4380 §4).
+#
+# The whole of 64:ff9b:1::/48 is read as if cut into prefixes of 96 bits, though a network may use
+# shorter ones. There the address lies elsewhere (RFC 6052 §2.2), and nothing in it tells where.
+# To forbid all readings would forbid every peer, since in one of them most hold 0.0.x.x.
 _CARRIES_IPV4: Final = tuple(
-    (network.prefixlen, int(network.network_address) >> 128 - network.prefixlen, bits_after)
-    for network, bits_after in (
-        (IPv6Network("::ffff:0:0/96"), 0),
-        (IPv6Network("::ffff:0:0:0/96"), 0),
-        (IPv6Network("::/96"), 0),
-        (IPv6Network("64:ff9b::/96"), 0),
-        (IPv6Network("64:ff9b:1::/48"), 0),
-        (IPv6Network("2002::/16"), 80),
+    (network.prefixlen, int(network.network_address) >> 128 - network.prefixlen, after, flipped)
+    for network, after, flipped in (
+        (IPv6Network("::ffff:0:0/96"), 0, 0),
+        (IPv6Network("::ffff:0:0:0/96"), 0, 0),
+        (IPv6Network("::/96"), 0, 0),
+        (IPv6Network("64:ff9b::/96"), 0, 0),
+        (IPv6Network("64:ff9b:1::/48"), 0, 0),
+        (IPv6Network("2001::/32"), 64, 0),
+        (IPv6Network("2001::/32"), 0, _IPV4_MASK),
+        (IPv6Network("2002::/16"), 80, 0),
     )
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """Whether the peers in a prefix may be reached."""
-
-    allows: bool
-    text: str  # for the log: what the rule is and how to get around it
+# ISATAP is told by its interface identifier, under any prefix: RFC 5214 §6.1. One bit of it says
+# whether the IPv4 address is unique.
+_ISATAP: Final = 0x00005EFE
+_ISATAP_MASK: Final = 0xFDFFFFFF
 
 
 class PeerPolicy:
-    """The registries' prefixes, overridden by the operator's; fixed once built."""
+    """The registries' prefixes, overridden by the operator's, and this host's addresses.
+
+    The rules are fixed once built; *own_hosts* is asked each time.
+    """
 
     def __init__(
         self,
         allow: Iterable[str] = (),
         deny: Iterable[str] = (),
         own: Collection[Address] = (),
-        own_hosts: Iterable[str] = (),
+        own_hosts: Container[bytes] = (),
     ) -> None:
         """Build the rules from prefixes in CIDR notation. Raises ValueError for a bad one.
 
-        *own* are the addresses at which the relay itself serves; no flag opens them. *own_hosts*
-        are all of its host's, which are refused unless a flag says otherwise: what a datagram
-        from here may reach on them is what a firewall lets pass within a host.
+        *own* are the addresses at which the relay itself serves, 0.0.0.0 and :: for all of its
+        host; no flag opens them. *own_hosts* are the addresses that this host has at the moment,
+        as their 4 or 16 bytes. What a datagram from here may reach there is what a firewall lets
+        pass within a host, so only a flag for exactly that address opens one: a wider one is
+        for others. Of loopback's 127.0.0.0/8 any flag is about this host.
         """
         # Of rules for one and the same prefix the last one counts: a flag beats the registries,
         # and deny beats allow.
-        rules = [
-            (ip_network(cidr), _Rule(allows=False, text=_not_public(cidr, kind)))
-            for cidr, kind in NOT_PUBLIC.items()
+        rules: list[tuple[IPv4Network | IPv6Network, Refusal | None]] = [
+            (ip_network(cidr), _not_public(cidr, kind)) for cidr, kind in NOT_PUBLIC.items()
         ]
-        rules += [
-            (ip_network(cidr), _Rule(allows=True, text=f"--allow-peer {cidr}")) for cidr in allow
-        ]
-        rules += [(ip_network(cidr), _Rule(allows=False, text=_denied(cidr))) for cidr in deny]
+        rules += [(ip_network(cidr), None) for cidr in allow]
+        rules += [(ip_network(cidr), _denied(cidr)) for cidr in deny]
         self._rules = {
             Family.IPV4: _compile(rules, IPv4Network),
             Family.IPV6: _compile(rules, IPv6Network),
         }
         self._own = {(_host(host), port) for host, port in own}
         self._own_ports = {port for _, port in own}
-        self._own_hosts = {_host(host) for host in own_hosts}
+        self._own_hosts = own_hosts
 
-    def refusal(self, peer: Address) -> str | None:
+    def refusal(self, peer: Address) -> Refusal | None:
         """Say which rule forbids *peer* and which flag would allow it, or None if it is allowed."""
         text, port = peer
         if port == 0:
-            return "port 0 cannot be sent to"
+            return _PORT_ZERO
         host = _host(text)
         if port in self._own_ports and any(self._is_own(one, port) for one in _spellings(host)):
-            return f"{format_endpoint(text, port)} is this relay itself; nothing allows it"
+            where = format_endpoint(text, port)
+            return Refusal(OWN_RELAY, f"{where} is this relay itself; nothing allows it")
         for spelling in _spellings(host):
             refusal = self._host_refusal(spelling)
             if refusal is not None:
@@ -138,39 +172,40 @@ class PeerPolicy:
         return None
 
     def _is_own(self, host: Host, port: int) -> bool:
-        """Tell if the relay serves there. To a wildcard any loopback address leads, and none."""
+        """Tell if the relay serves there. To a wildcard all of this host leads, and no address."""
         if (host, port) in self._own:
             return True
         family, number = host
-        if family is Family.IPV4:
-            leads_to_wildcard = number >> 24 == _LOOPBACK_IPV4 or number == 0
-        else:
-            leads_to_wildcard = number in {_LOOPBACK_IPV6, 0}
-        return leads_to_wildcard and (Host((family, 0)), port) in self._own
+        if (Host((family, 0)), port) not in self._own:
+            return False
+        return number == 0 or _is_loopback(host) or _packed(host) in self._own_hosts
 
-    def _host_refusal(self, host: Host) -> str | None:
+    def _host_refusal(self, host: Host) -> Refusal | None:
         """Say what the longest rule for a host has against it, if anything."""
         family, number = host
+        is_ours = _packed(host) in self._own_hosts and not _is_loopback(host)
         for shift, rules in self._rules[family]:
-            rule = rules.get(number >> shift)
-            if rule is not None:
-                return None if rule.allows else rule.text
-        if host in self._own_hosts:
-            text = unpack_host(number.to_bytes(_BITS[family] // 8, "big"))
-            return f"{text} is this host; --allow-peer {text} would allow it"
+            if is_ours and shift:
+                break
+            prefix = number >> shift
+            if prefix in rules:
+                return rules[prefix]
+        if is_ours:
+            text = unpack_host(_packed(host))
+            return Refusal(OWN_HOST, f"{text} is this host; --allow-peer {text} would allow it")
         return None
 
 
-Rules = list[tuple[int, dict[int, _Rule]]]
-"""By how many bits follow the prefix, fewest first: the rules by prefix."""
+_Rules = list[tuple[int, dict[int, Refusal | None]]]
+"""By how many bits follow the prefix, fewest first: what is against a prefix; None allows it."""
 
 
 def _compile(
-    rules: Iterable[tuple[IPv4Network | IPv6Network, _Rule]],
+    rules: Iterable[tuple[IPv4Network | IPv6Network, Refusal | None]],
     kind: type[IPv4Network] | type[IPv6Network],
-) -> Rules:
+) -> _Rules:
     """Sort the rules for networks of one *kind* into tables."""
-    tables: dict[int, dict[int, _Rule]] = {}
+    tables: dict[int, dict[int, Refusal | None]] = {}
     for network, rule in rules:
         if isinstance(network, kind):
             shift = network.max_prefixlen - network.prefixlen
@@ -178,19 +213,36 @@ def _compile(
     return sorted(tables.items())
 
 
-def _not_public(cidr: str, kind: str) -> str:
-    return f"{cidr} is {kind}; --allow-peer {cidr} would allow it"
+_PORT_ZERO: Final = Refusal(PORT_ZERO, "port 0 cannot be sent to")
 
 
-def _denied(cidr: str) -> str:
+def _not_public(cidr: str, kind: str) -> Refusal:
+    text = f"{cidr} is {kind}"
+    if kind not in _NOT_ADVISED:
+        text += f"; --allow-peer {cidr} would allow it"
+    return Refusal(kind, text)
+
+
+def _denied(cidr: str) -> Refusal:
     network = ip_network(cidr)
     if network.prefixlen == network.max_prefixlen:
-        return f"--deny-peer {cidr}; nothing else would allow it"
-    return f"--deny-peer {cidr}; an --allow-peer for a longer prefix would allow it"
+        return Refusal(DENIED, f"--deny-peer {cidr}; nothing else would allow it")
+    text = f"--deny-peer {cidr}; an --allow-peer for a longer prefix would allow it"
+    return Refusal(DENIED, text)
 
 
 def _host(text: str) -> Host:
     return Host((family_of(text), int.from_bytes(pack_host(text), "big")))
+
+
+def _packed(host: Host) -> bytes:
+    family, number = host
+    return number.to_bytes(_BITS[family] // 8, "big")
+
+
+def _is_loopback(host: Host) -> bool:
+    family, number = host
+    return number >> 24 == _LOOPBACK_IPV4 if family is Family.IPV4 else number == _LOOPBACK_IPV6
 
 
 def _spellings(host: Host) -> Iterator[Host]:
@@ -198,6 +250,8 @@ def _spellings(host: Host) -> Iterator[Host]:
     yield host
     family, number = host
     if family is Family.IPV6 and number > 1:  # :: and ::1 hold none
-        for length, prefix, bits_after in _CARRIES_IPV4:
+        for length, prefix, bits_after, flipped in _CARRIES_IPV4:
             if number >> 128 - length == prefix:
-                yield Host((Family.IPV4, number >> bits_after & 0xFFFFFFFF))
+                yield Host((Family.IPV4, (number >> bits_after ^ flipped) & _IPV4_MASK))
+        if number >> 32 & _ISATAP_MASK == _ISATAP:
+            yield Host((Family.IPV4, number & _IPV4_MASK))
