@@ -84,7 +84,7 @@ class Parts:
     def close(self) -> None:
         """Close every socket and end every thread."""
         if self.portal is not None:
-            self.portal.stop()
+            self.portal.close()
         if self.health is not None:
             self.health.stop()
         self.datapath.close()

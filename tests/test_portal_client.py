@@ -90,7 +90,7 @@ class Relay:
     def stops(self) -> None:
         if self._is_running:
             self._is_running = False
-            self.client.stop()
+            self.client.close()
         assert not self.thread.is_alive()
 
 
@@ -102,7 +102,7 @@ class Dial(Protocol):
 
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retry soon, and give stop() longer than the 100 ms that a busy machine may exceed."""
+    """Retry soon, and give close() longer than the 100 ms that a busy machine may exceed."""
     monkeypatch.setattr(phoenix_module, "FIRST_BACKOFF", 0.01)
     monkeypatch.setattr(client_module, "STOP_TIMEOUT", WAIT / 2)
 

@@ -1,6 +1,7 @@
 """The way into the reactor for other threads: a deque, and an eventfd that wakes it."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -20,6 +21,7 @@ class Mailbox(Generic[T]):
         self._on_item = on_item
         self._items: deque[T] = deque()
         self._is_closed = False
+        self._lock = threading.Lock()  # held while the descriptor is written to, or closed
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def fileno(self) -> int:
@@ -29,8 +31,9 @@ class Mailbox(Generic[T]):
     def post(self, item: T) -> None:
         """Hand over *item*. Safe in any thread; never blocks."""
         self._items.append(item)
-        if not self._is_closed:  # else its number may be another descriptor's by now
-            os.eventfd_write(self._fd, 1)
+        with self._lock:
+            if not self._is_closed:  # else its number may be another descriptor's by now
+                os.eventfd_write(self._fd, 1)
 
     def deliver(self) -> None:
         """Hand over what was posted so far.
@@ -51,5 +54,6 @@ class Mailbox(Generic[T]):
 
     def close(self) -> None:
         """Close the eventfd. What is posted later stays where it is."""
-        self._is_closed = True
-        os.close(self._fd)
+        with self._lock:
+            self._is_closed = True
+            os.close(self._fd)

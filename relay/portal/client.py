@@ -71,7 +71,7 @@ class PortalClient:
         self._stop = Stop()
         self._stream: Stream | None = None
         self._websocket: WebSocket | None = None
-        self._is_stopped = False
+        self._is_closed = False
         self._has_started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portal", daemon=True)
 
@@ -81,11 +81,16 @@ class PortalClient:
         self._has_started.wait()
 
     def stop(self) -> None:
-        """End the thread, wherever it waits; it has at most 100 ms to say goodbye."""
-        if self._is_stopped:
+        """Have the thread leave the portal and end, wherever it waits. Does not wait for that."""
+        if not self._is_closed:
+            self._stop.set()
+
+    def close(self) -> None:
+        """End the thread; it has at most 100 ms to say goodbye."""
+        if self._is_closed:
             return
-        self._is_stopped = True
-        self._stop.set()
+        self.stop()
+        self._is_closed = True
         if self._thread.ident is not None:
             self._thread.join(STOP_TIMEOUT)
         if self._thread.is_alive():
