@@ -7,7 +7,7 @@ import platform
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -22,19 +22,21 @@ from relay.host.inherited import inherited_listeners
 from relay.host.limits import raise_descriptor_limit
 from relay.host.sandbox import name_thread
 from relay.host.supervision import Supervision
-from relay.net.addresses import WILDCARDS, is_local, local_addresses
+from relay.net.addresses import pack
+from relay.net.hostaddresses import HostAddresses, Union, host_addresses
 from relay.net.listening import ListeningSocket, adopt, listen
 from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
+from relay.net.porthosts import PortHosts
 from relay.net.reactor import Reactor, log_bug
-from relay.net.udp import USUAL_LOSSES, PortOpener, Shared
+from relay.net.udp import USUAL_LOSSES, PortOpener, PortSocket, Receiver, Shared
 from relay.observe.counters import Counters
 from relay.observe.http import HealthServer
 from relay.observe.monitor import QUEUE_FULL, Monitor
 from relay.portal.client import PortalClient
 from relay.portal.endpoint import endpoint
 from relay.portal.phoenix import PortalEvent
-from relay.stun.address import family_of, format_endpoint, pack_host
+from relay.stun.address import family_of, format_endpoint
 from relay.stun.const import Family
 from relay.turn.auth import Authenticator, AuthFailure
 from relay.turn.commands import ClientAddress, Drop
@@ -75,6 +77,10 @@ class Parts:
     datapath: DataPath
     monitor: Monitor
     supervision: Supervision
+    addresses: HostAddresses | None  # None: the kernel does not tell
+    own_hosts: Container[bytes]  # the addresses of this host, packed, as of now
+    peer_policy: PeerPolicy  # which asks for them
+    port_hosts: PortHosts
     health: HealthServer | None
     portal: PortalClient | None
     max_sockets: int  # for relay ports: what the limit of open files leaves
@@ -90,14 +96,21 @@ class Parts:
         self.datapath.close()
         for listener in self.listeners.values():
             listener.close()
+        if self.addresses is not None:
+            self.addresses.close()
         self.mailbox.close()
         self.reactor.close()
         self.supervision.close()
 
 
-def assemble(config: Config, on_portal_event: Callable[[PortalEvent], None]) -> Parts:
+def assemble(
+    config: Config,
+    on_portal_event: Callable[[PortalEvent], None],
+    on_addresses: Callable[[bool], None],
+) -> Parts:
     """Bind the listening sockets and build everything behind them.
 
+    ``on_addresses(is_any_new)`` is called when the addresses of this host have changed.
     Raises DaemonError if the system refuses something, ConfigError for what systemd hands over.
     """
     counters = Counters(KNOWN_DROPS)
@@ -112,32 +125,41 @@ def assemble(config: Config, on_portal_event: Callable[[PortalEvent], None]) -> 
     listeners = _listeners(config, workspace, offload)
     listening = [sock for listener in listeners.values() for sock in listener.sockets]
     max_sockets = descriptors - _other_descriptors(config, len(listening))
+    addresses = host_addresses()
+    own_hosts = Union(frozenset(map(pack, config.public_hosts.values())), addresses)
+    port_hosts = PortHosts(
+        addresses, public=_by_number(config.public_hosts), bind=_by_number(config.bind_hosts)
+    )
+    peer_policy = peer_policy_of(config, own_hosts)
     server = Server(
         settings_of(config, max_sockets),
         authenticator=Authenticator(secret, nonce_key=rng.randbytes(32)),
-        peer_policy=peer_policy_of(config),
+        peer_policy=peer_policy,
         randbelow=rng.randrange,
         now=reactor.clock(),
     )
     _check_descriptors(config, max_sockets, descriptors)
-    relay_hosts = {int(family): _relay_host(config, family) for family in config.public_hosts}
     for_ports = Shared(workspace.for_peers, counters.lost, offload)
-    opener = PortOpener(reactor, relay_hosts, for_ports, "each relay port")
+    opener = PortOpener(reactor, port_hosts.current, for_ports, "each relay port")
     datapath = DataPath(
         server,
         workspace,
         reach_client=partial(_reach_client, listeners),
-        open_socket=opener.open,
+        open_socket=partial(_open_port, port_hosts, opener),
         public_hosts=config.public_hosts,
         relay_ports=config.ports,
         channel_numbers=config.channel_numbers,
         timers=reactor,
         unix_clock=time.time,
-        is_relay_host=partial(_is_relay_host, relay_hosts),
+        is_relay_host=lambda host: port_hosts.are_sources_of(family_of(host), host),
     )
     for sock in listening:
         reactor.register(sock, sock.reader.on_readable, comes_first=True)
     reactor.register(mailbox, mailbox.deliver, comes_first=True)
+    live = addresses if isinstance(addresses, HostAddresses) else None
+    if live is not None:
+        live.on_change = partial(_on_change, port_hosts, on_addresses)
+        reactor.register(live, live.on_readable)
     monitor = Monitor(server, counters, reactor, listening, KNOWN_AUTH_FAILURES)
     return Parts(
         reactor=reactor,
@@ -148,6 +170,10 @@ def assemble(config: Config, on_portal_event: Callable[[PortalEvent], None]) -> 
         datapath=datapath,
         monitor=monitor,
         supervision=_supervision(reactor, monitor),
+        addresses=live,
+        own_hosts=own_hosts,
+        peer_policy=peer_policy,
+        port_hosts=port_hosts,
         health=_health_server(config, monitor),
         portal=None if config.token is None else _portal_client(config, secret, mailbox),
         max_sockets=max_sockets,
@@ -178,15 +204,13 @@ def settings_of(config: Config, max_sockets: int) -> Settings:
     )
 
 
-def peer_policy_of(config: Config) -> PeerPolicy:
-    """Return which peers may be reached, with this host's addresses as they are now."""
-    own_hosts = {*config.public_hosts.values(), *config.bind_hosts.values(), *local_addresses()}
-    own = {(host, config.listen_port) for host in own_hosts}
+def peer_policy_of(config: Config, own_hosts: Container[bytes]) -> PeerPolicy:
+    """Return which peers may be reached. *own_hosts* has this host's addresses, as of now."""
+    serving_at = {*config.public_hosts.values(), *config.bind_hosts.values()}
+    own = {(host, config.listen_port) for host in serving_at}
     if config.http_addr is not None:
-        host, port = config.http_addr
-        own |= {(one, port) for one in ({host, *own_hosts} if host in WILDCARDS else {host})}
-    packed = {pack_host(host) for host in own_hosts}
-    return PeerPolicy(config.allow_peers, config.deny_peers, own=own, own_hosts=packed)
+        own.add(config.http_addr)
+    return PeerPolicy(config.allow_peers, config.deny_peers, own=own, own_hosts=own_hosts)
 
 
 def _on_bug(counters: Counters, error: Exception) -> None:
@@ -241,20 +265,24 @@ def _reach_client(listeners: dict[Family, ListeningSocket], client: ClientAddres
     return listeners[family_of(client[0][0])].reach(client)
 
 
-def _relay_host(config: Config, family: Family) -> str:
-    """Choose where relay ports are bound: peers must see them at the public address.
-
-    On a host with several addresses only binding to it makes the kernel send from it.
-    Behind a 1:1 NAT it is not ours to bind, and the listening address has to do.
-    """
-    public, bind = config.public_hosts[family], config.bind_hosts[family]
-    return public if bind in WILDCARDS and is_local(public) else bind
+def _by_number(hosts: dict[Family, str]) -> dict[int, str]:
+    return {int(family): host for family, host in hosts.items()}
 
 
-def _is_relay_host(relay_hosts: dict[int, str], host: str) -> bool:
-    """Tell if relay ports send from *host*: the one they are bound to, or any of ours."""
-    bound = relay_hosts[family_of(host)]
-    return is_local(host) if bound in WILDCARDS else host == bound
+def _open_port(
+    hosts: PortHosts, opener: PortOpener, family: int, port: int, receiver: Receiver
+) -> PortSocket:
+    return hosts.open(family, partial(opener.open, family, port, receiver))
+
+
+def _on_change(
+    port_hosts: PortHosts,
+    on_addresses: Callable[[bool], None],
+    touched: Collection[bytes],
+    is_any_new: bool,
+) -> None:
+    port_hosts.on_change(touched)
+    on_addresses(is_any_new)
 
 
 def _other_descriptors(config: Config, listening: int) -> int:

@@ -35,6 +35,9 @@ CREDENTIAL_LIFETIME: Final = 24 * 3600  # seconds for which the one printed at s
 # allocations and 200,000 channels that takes a fifth of a second, in which no datagram is relayed
 # (bench/stalls.py). What comes and goes with clients is freed without it, for it makes no cycles.
 GC_THRESHOLDS: Final = (2_000, 10, 1 << 30)
+# Seconds until channels are checked again after the host has got an address: more often come
+# several at once.
+RECHECK_DELAY: Final = 1.0
 # Whenever the loop calls the system another thread may run Python; it has to let the loop go on
 # after this many seconds. With the default of 5 ms one scrape would hold up every datagram.
 SWITCH_INTERVAL: Final = 0.0002
@@ -50,9 +53,9 @@ class Daemon:
         """
         self._config = config
         self._reread = reread
-        self._parts = assemble(config, self._on_portal_event)
+        self._parts = assemble(config, self._on_portal_event, self._on_addresses)
         self.reactor = self._parts.reactor
-        self._is_serving = self._is_draining = False
+        self._is_serving = self._is_draining = self._is_recheck_due = False
         self._failure: DaemonError | None = None
 
     def run(self) -> None:
@@ -79,12 +82,12 @@ class Daemon:
     def stop(self) -> None:
         """Refuse new allocations and end when there are none; asked again, end at once."""
         parts, timeout = self._parts, self._config.drain_timeout
-        parts.monitor.not_ready = "draining"
+        is_second, self._is_draining = self._is_draining, True
+        self._say_if_ready()
         parts.supervision.stopping()
-        if self._is_draining or not parts.server.allocations:
+        if is_second or not parts.server.allocations:
             self.reactor.stop()
             return
-        self._is_draining = True
         parts.supervision.will_take(timeout)
         if parts.portal is not None:
             parts.portal.stop()  # it must not send us anyone new
@@ -124,8 +127,8 @@ class Daemon:
             if parts.health is not None:
                 parts.health.start()
             if parts.portal is not None:
-                parts.monitor.not_ready = "waiting for the portal"
                 parts.monitor.portal_connected = False
+                self._say_if_ready()
                 parts.portal.start()
         except RuntimeError as error:  # RLIMIT_NPROC, TasksMax=
             raise DaemonError(os.EX_OSERR, f"cannot start a thread: {error}") from error
@@ -142,7 +145,7 @@ class Daemon:
         if self._is_serving:
             return
         self._is_serving = True
-        self._parts.monitor.not_ready = None
+        self._say_if_ready()
         listeners = self._parts.listeners.values()
         for listener in listeners:
             listener.hand_to(self._parts.datapath.clients)
@@ -163,8 +166,33 @@ class Daemon:
         if (config.log_format, config.log_levels) != (before.log_format, before.log_levels):
             logs.configure(config.log_format, config.log_levels)
         self._parts.server.change_settings(settings_of(config, self._parts.max_sockets))
-        # Whatever has changed: the addresses of this host, which it protects, may be others now.
-        self._parts.datapath.change_peer_policy(peer_policy_of(config))
+        self._parts.port_hosts.look_at_all()
+        self._say_if_ready()
+        self._parts.peer_policy = peer_policy_of(config, self._parts.own_hosts)
+        self._check_peers()
+
+    def _on_addresses(self, is_any_new: bool) -> None:
+        """Go on with other addresses of this host: a peer of today may be one of them now."""
+        self._say_if_ready()
+        if is_any_new and not self._is_recheck_due:
+            self._is_recheck_due = True
+            self.reactor.call_later(RECHECK_DELAY, self._check_peers)
+
+    def _check_peers(self) -> None:
+        """Have every channel held against the rules and addresses that there are now."""
+        self._is_recheck_due = False
+        self._parts.datapath.change_peer_policy(self._parts.peer_policy)
+
+    def _say_if_ready(self) -> None:
+        """Tell probes if clients may be sent here, and if not, why."""
+        missing = self._parts.port_hosts.missing
+        if self._is_draining:
+            reason = "draining"
+        elif not self._is_serving:
+            reason = "starting" if self._parts.portal is None else "waiting for the portal"
+        else:
+            reason = f"this host has lost {missing}" if missing else ""
+        self._parts.monitor.not_ready = reason or None
 
     def _on_portal_event(self, event: PortalEvent) -> None:
         monitor = self._parts.monitor

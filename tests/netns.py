@@ -2,7 +2,10 @@
 
 import subprocess
 
+from bench.loadlib.netns import inside
 from tests.turnclient import TIMEOUT
+
+__all__ = ["inside", "ip", "prefixed"]
 
 
 def ip(*arguments: str) -> None:

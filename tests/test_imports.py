@@ -68,7 +68,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
 
 # What is pure: bytes, time and randomness are handed in. It may import what is pure itself,
 # and this of the standard library: no socket, clock, thread, file or randomness.
-PURE: Final = ("relay.stun", "relay.turn", "relay.portal.phoenix")
+PURE: Final = ("relay.stun", "relay.turn", "relay.net.netlink", "relay.portal.phoenix")
 PURE_MAY_IMPORT: Final = (
     "array",
     "base64",
@@ -201,6 +201,7 @@ FORBIDDEN = [
         "relay/portal/phoenix.py", "email.utils.localtime", id="phoenix with a hidden one"
     ),
     pytest.param("relay/portal/phoenix.py", "relay.portal.client", id="pure to impure"),
+    pytest.param("relay/net/netlink.py", "relay.net.addresses", id="messages to their socket"),
     pytest.param("relay/net/reactor.py", "asyncio", id="asyncio"),
     pytest.param("relay/cli.py", "asyncio.events", id="a part of asyncio"),
 ]
