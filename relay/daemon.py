@@ -196,6 +196,8 @@ class Daemon:
 
     def _on_portal_event(self, event: PortalEvent) -> None:
         monitor = self._parts.monitor
+        if self._is_draining:  # it has been left: what it said before that comes too late
+            return
         match event:
             case PortalReady():
                 monitor.portal_joined()
@@ -211,8 +213,16 @@ class Daemon:
                 assert_never(event)
 
     def _fail(self, exit_code: int, detail: str) -> None:
+        """End with an exit code, once the calls that there are have ended or had their time.
+
+        Whoever has served is to be started again, whatever the portal says: if that is meant, it
+        says it again at the start.
+        """
+        if self._is_serving:
+            exit_code = os.EX_UNAVAILABLE
+            logger.error("%s: it drains, and ends", detail)
         self._failure = DaemonError(exit_code, detail)
-        self.reactor.stop()
+        self.stop()
 
     def _on_signal(self, number: int) -> None:
         logger.info("caught %s", signal.Signals(number).name)

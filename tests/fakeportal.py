@@ -91,6 +91,7 @@ class FakePortal:
     """
 
     def __init__(self, certificate: Certificate | None = None) -> None:
+        self._conversation: Callable[[Connection], None] = self._converse
         self.port = 0  # chosen by the first start, and kept
         self.stamp_secret: str | None = None  # of the latest join
         self.connections = self.joins = self.heartbeats = 0  # while it serves
@@ -191,13 +192,15 @@ class FakePortal:
     def serves(self, *, init: bool = True) -> None:
         """Take everyone in from here on; with *init* False, init waits for says_init()."""
         self._says_init = init
-        self._in_thread(self._serve, self._converse)
+        self._conversation = self._converse
+        self._in_thread(self._serve)
 
     def refuses(
         self, status: int, body: str = "", headers: Mapping[str, str] | None = None
     ) -> None:
         """Answer everyone with an HTTP status from here on."""
-        self._in_thread(self._serve, lambda c: c.answers_status(status, headers, body))
+        self._conversation = lambda c: c.answers_status(status, headers, body)
+        self._in_thread(self._serve)
 
     def says_init(self) -> None:
         """Say init to everyone who joined, and from here on to everyone who joins."""
@@ -227,7 +230,7 @@ class FakePortal:
         self._threads.append(thread)
         thread.start()
 
-    def _serve(self, conversation: Callable[["Connection"], None]) -> None:
+    def _serve(self) -> None:
         while (listener := self._listener) is not None:
             try:
                 connection = self.accepts()
@@ -240,7 +243,7 @@ class FakePortal:
             with self._changed:
                 self.connections += 1
                 self._changed.notify_all()
-            self._in_thread(self._attend, connection, conversation)
+            self._in_thread(self._attend, connection, self._conversation)
 
     def _attend(
         self, connection: "Connection", conversation: Callable[["Connection"], None]

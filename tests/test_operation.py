@@ -14,6 +14,9 @@ from typing import Self
 
 import pytest
 
+from relay.config.reading import read
+from relay.daemon import Daemon
+from relay.portal.phoenix import PortalReady
 from relay.turn.auth import mint
 from tests.fakeportal import FakePortal
 from tests.probes import ask, scrape
@@ -118,6 +121,39 @@ def test_draining_is_announced_before_it_begins(manager: "Manager") -> None:
         relay.signals(signal.SIGTERM)
         manager.hears("STOPPING=1")
         manager.hears("EXTEND_TIMEOUT_USEC=1030000000")
+
+
+def test_systemd_hears_of_a_drain_that_the_portal_caused(manager: "Manager") -> None:
+    program = (
+        "from relay.portal import phoenix; phoenix.REFUSED_FOR_GOOD_AFTER = 0; "
+        "import relay.cli; raise SystemExit(relay.cli.main())"
+    )
+    with FakePortal() as portal:
+        portal.serves()
+        arguments = ("--drain-timeout=1000",)
+        with relay_of(portal, *arguments, variables=manager.variables, program=program) as relay:
+            manager.hears("READY=1")
+            with client_of(relay, portal.stamp_secret) as alice:
+                alice.allocates()
+                portal.refuses(401)
+                portal.drops()
+                manager.hears("STOPPING=1")
+                manager.hears("EXTEND_TIMEOUT_USEC=1030000000")
+                alice.refreshes(0)
+            assert relay.wait() == 69
+
+
+def test_what_the_portal_said_before_it_was_left_changes_nothing() -> None:
+    with FakePortal() as portal:
+        arguments = [f"--api-url={portal.url}", f"--listen-port={free_port()}", "--http-addr=off"]
+        variables = {"FIREZONE_TOKEN": TOKEN, "PUBLIC_IP4_ADDR": "127.0.0.1"}
+        daemon = Daemon(read(["-c", os.devnull, *arguments], variables).config)
+        daemon._parts.mailbox.post(PortalReady())
+        daemon.stop()
+        daemon._parts.mailbox.deliver()
+        assert daemon._parts.monitor.not_ready == "draining"
+        assert not daemon._parts.monitor.portal_connected
+        daemon._parts.close()
 
 
 def test_the_watchdog_is_fed_by_the_loop_and_by_nobody_else(manager: "Manager") -> None:
@@ -647,13 +683,17 @@ class Manager:
 
 
 def relay_of(
-    portal: FakePortal, *arguments: str, variables: dict[str, str] | None = None
+    portal: FakePortal,
+    *arguments: str,
+    variables: dict[str, str] | None = None,
+    program: str | None = None,
 ) -> RelayProcess:
     return RelayProcess(
         f"--api-url={portal.url}",
         *arguments,
         port=free_port(),
         portal=True,
+        program=program,
         variables={"FIREZONE_TOKEN": TOKEN, **(variables or {})},
     )
 

@@ -82,6 +82,56 @@ def test_it_relays_while_the_portal_is_away_and_keeps_its_secret(portal: FakePor
             relays_between(alice, bob)
 
 
+def test_a_portal_that_refuses_it_on_a_reconnect_ends_nothing(portal: FakePortal) -> None:
+    """As one does that is being deployed."""
+    portal.serves()
+    with relay_of(portal) as relay:
+        relay.logs("relaying: listening on")
+        with client_of(relay, portal) as alice, client_of(relay, portal) as bob:
+            relays_between(alice, bob)
+            portal.refuses(401, body="not yet")
+            portal.drops()
+            relay.logs("it refuses this relay: 401 not yet, next try in")
+            relays_between(alice, bob)
+            with client_of(relay, portal) as carol:
+                carol.allocates()
+            portal.serves()
+            portal.waits_until(lambda: portal.joins >= 2)
+            relays_between(alice, bob)
+
+
+# A relay whose portal may refuse it for no longer than this, and be away for no longer than that.
+IMPATIENT = """
+from relay.portal import phoenix
+phoenix.REFUSED_FOR_GOOD_AFTER, phoenix.GIVE_UP_AFTER = {refused}, {away}
+import relay.cli
+raise SystemExit(relay.cli.main())
+"""
+
+
+@pytest.mark.parametrize("why", ["refused", "away"])
+def test_a_relay_that_must_end_drains_first_and_is_to_be_started_again(
+    portal: FakePortal, why: str
+) -> None:
+    """With 69: if the portal means it, it refuses the next one as well, which is final."""
+    portal.serves()
+    program = IMPATIENT.format(refused=0, away=3600 if why == "refused" else 2)
+    with relay_of(portal, "--drain-timeout=1000", program=program) as relay:
+        relay.logs("relaying: listening on")
+        with client_of(relay, portal) as alice, client_of(relay, portal) as bob:
+            relays_between(alice, bob)
+            portal.refuses(401 if why == "refused" else 503, body="revoked")
+            portal.drops()
+            relay.logs("ERROR")
+            relay.logs("draining: 2 allocations left, at most 1000 s")
+            relays_between(alice, bob)
+            alice.refreshes(0)
+            bob.refreshes(0)
+        assert relay.wait() == 69
+    words = "refuses this relay: 401 revoked" if why == "refused" else "no portal at"
+    assert words in relay.errors().splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_a_packet_flood_holds_up_neither_heartbeats_nor_relaying(portal: FakePortal) -> None:
     """The flood lasts until a heartbeat has come, ten seconds after the join."""
@@ -174,11 +224,18 @@ def test_where_the_token_may_be(portal: FakePortal, tmp_path: Path, source: str)
     assert TOKEN not in relay.errors()
 
 
-def relay_of(portal: FakePortal, *arguments: str, port: int = 0, **variables: str) -> RelayProcess:
+def relay_of(
+    portal: FakePortal,
+    *arguments: str,
+    port: int = 0,
+    program: str | None = None,
+    **variables: str,
+) -> RelayProcess:
     return RelayProcess(
         f"--api-url={portal.url}",
         *arguments,
         port=port or free_port(),
+        program=program,
         variables={"FIREZONE_TOKEN": TOKEN, **variables},
         portal=True,
     )

@@ -154,6 +154,10 @@ def refused(why: str) -> PortalRefused:
     return PortalRefused(f"the portal at portal.example refuses this relay: {why}")
 
 
+def refuses(why: str) -> str:
+    return f"it refuses this relay: {why}"
+
+
 UNAVAILABLE = PortalUnavailable("no portal at portal.example for 24 hours")
 
 
@@ -482,6 +486,73 @@ def test_text_during_the_pause_changes_nothing() -> None:
     assert talk.said() == []
 
 
+# --- Refused after a join -------------------------------------------------------------------
+
+TEN_MINUTES = 600.0
+
+
+def is_refused_for(talk: Talk, seconds: float, refuses: Callable[[Talk], object]) -> None:
+    """Refuse each connection that is asked for, for so long, or until nothing more is asked."""
+    end = talk.now + seconds
+    while talk.now < end and talk.phoenix.state is not State.FINISHED:
+        if talk.phoenix.state is State.CONNECTING:
+            refuses(talk)
+        else:
+            talk.passes(1)
+
+
+REFUSALS = [
+    pytest.param(lambda talk: talk.is_rejected(401, body="no"), "401 no", id="401"),
+    pytest.param(lambda talk: talk.connects().hears_error(0, "no"), "no", id="join refused"),
+    pytest.param(
+        lambda talk: talk.connects().hears("disconnect", {"reason": "token_expired"}),
+        "token_expired",
+        id="expired",
+    ),
+]
+
+
+@pytest.mark.parametrize(("refusing", "why"), REFUSALS)
+def test_a_relay_that_was_welcome_is_refused_for_ten_minutes_before_it_believes_it(
+    refusing: Callable[[Talk], object], why: str
+) -> None:
+    """A portal that is deployed may answer so, to all relays at once."""
+    talk = Talk().joins().is_closed().passes(0.5)
+    talk.said()
+    refusing(talk)
+    assert talk.said()[-1] == lost(refuses(why), "0.8")
+
+    is_refused_for(talk, TEN_MINUTES - 62, refusing)
+    assert not any(isinstance(output, PortalRefused) for output in talk.said())
+    is_refused_for(talk, 124, refusing)
+    assert talk.said()[-1] == refused(why)
+    assert talk.phoenix.state is State.FINISHED
+
+
+def test_a_portal_that_takes_it_again_has_not_refused_it() -> None:
+    talk = Talk().joins().is_closed()
+    for _ in range(3):
+        is_refused_for(talk, TEN_MINUTES - 62, lambda talk: talk.is_rejected(401))
+        talk.passes(60).joins().is_closed()
+    assert not any(isinstance(output, PortalRefused) for output in talk.said())
+
+
+def test_only_refusals_in_a_row_count() -> None:
+    """What a portal answers that is out of order for an hour, is not what it means."""
+    talk = Talk().joins().is_closed()
+    for _ in range(10):
+        is_refused_for(talk, TEN_MINUTES / 2, lambda talk: talk.is_rejected(401))
+        talk.passes(60).is_rejected(503)
+    assert not any(isinstance(output, PortalRefused) for output in talk.said())
+
+
+def test_retry_after_counts_for_a_refusal_that_is_not_final() -> None:
+    talk = Talk().joins().is_closed().passes(0.5)
+    talk.said()
+    (told,) = talk.is_rejected(401, {"retry-after": "7"}).said()
+    assert told == lost(refuses("401"), "7.0")
+
+
 # --- Answers of HTTP ------------------------------------------------------------------------
 
 
@@ -621,12 +692,12 @@ def test_error_to_something_else_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("topic", ["relay", "phoenix", "anything"])
-def test_expired_token_is_final(topic: str) -> None:
+def test_expired_token_of_a_joined_relay_is_tried_again(topic: str) -> None:
     talk = Talk().joins()
     talk.hears("disconnect", {"reason": "token_expired"}, topic=topic)
 
-    assert talk.said() == [Disconnect(), refused("token_expired")]
-    assert talk.phoenix.state is State.FINISHED
+    assert talk.said() == [Disconnect(), lost(refuses("token_expired"), "0.5")]
+    assert talk.passes(0.5).said() == [Connect()]
 
 
 def test_expired_token_is_final_before_the_join_is_answered() -> None:
@@ -931,7 +1002,7 @@ ENDS = [
     pytest.param(lambda talk: talk.is_rejected(401), id="401"),
     pytest.param(lambda talk: talk.connects().hears_error(0, "no"), id="join refused"),
     pytest.param(
-        lambda talk: talk.joins().hears("disconnect", {"reason": "token_expired"}), id="expired"
+        lambda talk: talk.connects().hears("disconnect", {"reason": "token_expired"}), id="expired"
     ),
     pytest.param(lambda talk: talk.passes(DAY), id="a day"),
 ]
@@ -961,7 +1032,7 @@ class PortalMachine(RuleBasedStateMachine):
         self.now = START
         self.is_asked_to_connect = self.is_connected = self.is_finished = False
         self.refs: list[int] = []  # sent on this connection
-        self.joined_at = START
+        self.has_joined = False
         self.phoenix = Phoenix(SECRET, portal="portal.example", random=lambda: 0.3, now=self.now)
         self.drain()
 
@@ -1016,7 +1087,10 @@ class PortalMachine(RuleBasedStateMachine):
             status, headers, body, now=self.now, unix_now=UNIX_START + self.now
         )
         self.drain()
-        assert self.is_finished == (status == 401)
+        if status != 401:
+            assert not self.is_finished
+        elif not self.has_joined:
+            assert self.is_finished
 
     @rule()
     def is_closed(self) -> None:
@@ -1083,6 +1157,7 @@ class PortalMachine(RuleBasedStateMachine):
     @invariant()
     def there_is_a_deadline_until_the_end(self) -> None:
         deadline = self.phoenix.poll_timeout()
+        self.has_joined |= self.phoenix.state is State.JOINED
         assert (deadline is None) == self.is_finished
         assert deadline != inf
 

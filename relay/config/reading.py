@@ -104,10 +104,13 @@ def reread(
 ) -> Reloaded:
     """Read the options again for a relay that was started with *running* and has *config*.
 
-    Raises UsageError or ConfigError, as :func:`read` does, also where a file is gone, or cannot
-    be read again. *running* is told which file was read.
+    Raises ConfigError, also where a file is gone or cannot be read again. *running* is told which
+    file was read.
     """
-    command = _read(argv, environment, _Reader(again=True))
+    try:
+        command = _read(argv, environment, _Reader(again=True))
+    except UsageError as error:  # of a command line that was good at the start
+        raise ConfigError(str(error)) from None
     if running.file is not None and command.file is None:
         raise ConfigError(f"{running.file}: is gone")
     running.file = command.file

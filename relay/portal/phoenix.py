@@ -32,6 +32,9 @@ FIRST_BACKOFF: Final = 0.5  # seconds
 BACKOFF_FACTOR: Final = 1.5
 MAX_BACKOFF: Final = 60.0  # seconds
 GIVE_UP_AFTER: Final = 24 * 3600.0  # seconds without a join
+# Seconds for which a portal that once took this relay may refuse it: one that is deployed or
+# restarts may do so for a while, and to all relays at once.
+REFUSED_FOR_GOOD_AFTER: Final = 600.0
 
 UNAUTHORIZED: Final = 401  # of HTTP: the token is not good, or no longer
 LONGEST_DETAIL: Final = 200  # characters of the portal's own words
@@ -68,7 +71,7 @@ class PortalLost:
 
 @dataclass(frozen=True, slots=True)
 class PortalRefused:
-    """For the relay: the portal does not want it, for good."""
+    """For the relay: the portal does not want it, and did not change its mind if it once did."""
 
     detail: str
 
@@ -116,6 +119,8 @@ class Phoenix:
         self._retries = 0  # since the last join
         self._retry_at = inf
         self._give_up_at = now + GIVE_UP_AFTER
+        self._has_joined = False  # ever
+        self._refused_since: float | None = None  # by each answer since then
         # Of the present connection:
         self._next_ref = 0
         self._join_ref = -1
@@ -160,7 +165,7 @@ class Phoenix:
             case "relay", "phx_close":
                 self._reconnect("it closed the channel", now)
             case _, "disconnect" if _get(payload, "reason") == "token_expired":
-                self._refused("token_expired")
+                self._refused("token_expired", now)
             case _:
                 self._ignore(text)
 
@@ -169,10 +174,10 @@ class Phoenix:
     ) -> None:
         """Handle an HTTP answer other than 101. *headers* by lower-case name."""
         detail = f"{status} {_say(body)}".rstrip()
+        delay = _retry_after(headers.get("retry-after"), unix_now)
         if status == UNAUTHORIZED:
-            self._refused(detail)
+            self._refused(detail, now, delay)
         else:
-            delay = _retry_after(headers.get("retry-after"), unix_now)
             self._back_off(detail, now, delay)
 
     def handle_closed(self, reason: str, now: float) -> None:
@@ -240,10 +245,12 @@ class Phoenix:
         elif status == "ok":
             logger.info("joined the portal at %s", self._portal)
             self._state = State.JOINED
+            self._has_joined = True
             self._retries = 0
+            self._refused_since = None
             self._give_up_at = self._join_at = self._join_by = inf
         elif status == "error":
-            self._refused(_say(response))
+            self._refused(_say(response), now)
         else:
             return False
         return True
@@ -263,7 +270,11 @@ class Phoenix:
         self._outputs.append(Disconnect())
         self._back_off(why, now)
 
-    def _back_off(self, why: str, now: float, delay: float | None = None) -> None:
+    def _back_off(
+        self, why: str, now: float, delay: float | None = None, *, is_refused: bool = False
+    ) -> None:
+        if not is_refused:
+            self._refused_since = None
         if delay is None:
             longest = FIRST_BACKOFF * BACKOFF_FACTOR ** min(self._retries, 20)
             delay = min(longest * (0.5 + self._random()), MAX_BACKOFF)
@@ -277,8 +288,17 @@ class Phoenix:
             )
         )
 
-    def _refused(self, detail: str) -> None:
-        self._finish(PortalRefused(f"the portal at {self._portal} refuses this relay: {detail}"))
+    def _refused(self, detail: str, now: float, delay: float | None = None) -> None:
+        """End it, or if this relay was welcome once, try again for some minutes."""
+        if self._refused_since is None:
+            self._refused_since = now
+        if not self._has_joined or now - self._refused_since >= REFUSED_FOR_GOOD_AFTER:
+            detail = f"the portal at {self._portal} refuses this relay: {detail}"
+            self._finish(PortalRefused(detail))
+            return
+        if self._state in CONNECTED:
+            self._outputs.append(Disconnect())
+        self._back_off(f"it refuses this relay: {detail}", now, delay, is_refused=True)
 
     def _finish(self, event: PortalEvent) -> None:
         if self._state in CONNECTED:
