@@ -135,7 +135,15 @@ class Daemon:
         confined.verify()
         parts.supervision.start()
         if parts.portal is None:
-            self._print_credential()
+            if self._config.print_credential or (
+                self._config.print_credential is None and os.isatty(1)
+            ):
+                self._print_credential()
+            else:
+                logger.info(
+                    "credentials: with --relay-secret-file, --mint prints one; --print-credential "
+                    "prints one at the start"
+                )
             self._serve()
         else:
             logger.info("waiting for the portal at %s", self._config.api_url)

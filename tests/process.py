@@ -50,6 +50,7 @@ class RelayProcess:
     printed. With a *portal* it prints none, and entering waits for nothing:
     ``logs()`` does. *prefix* may hold a command that runs it elsewhere, such as ``ip netns exec``.
     *program* is run instead of the command, by ``python -c`` with the same arguments.
+    It is asked to print a credential, unless *asks* is False.
     *descriptors* are handed over as systemd does: from number 3 on, to this process.
     """
 
@@ -64,6 +65,7 @@ class RelayProcess:
         program: str | None = None,
         descriptors: tuple[int, ...] = (),
         stdout: int = subprocess.PIPE,
+        asks: bool = True,
     ) -> None:
         self.port = port
         self._portal = portal
@@ -84,6 +86,7 @@ class RelayProcess:
             f"--config={os.devnull}",  # not what this machine may have
             f"--listen-port={port}",
             NO_HTTP,
+            *(("--print-credential",) if asks else ()),
             *(LOOPBACK if loopback else ()),
             *arguments,
         ]

@@ -155,7 +155,7 @@ ALL: Final = "\x1b*"  # types every match: insert-completions of readline; for z
 TYPED = [
     pytest.param(f"--lo{ALL}", ["--log-format", "--log-level", "--lowest-port"], id="flags"),
     pytest.param(f"--check{TAB}", ["--check-config"], id="one flag"),
-    pytest.param(f"--no-{TAB}", ["--no-one-allocation-per-username"], id="a switch turned off"),
+    pytest.param(f"--no-o{TAB}", ["--no-one-allocation-per-username"], id="a switch turned off"),
     pytest.param(
         f"--allow-peer ::/0 --al{TAB}", ["--allow-peer", "::/0", "--allow-peer"], id="again"
     ),

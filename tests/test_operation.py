@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -543,6 +544,31 @@ def test_a_credential_that_nobody_reads_keeps_nobody_waiting() -> None:
             assert alice.maps() == alice.address
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.parametrize("log_format", ["human", "json"])
+def test_nobody_finds_a_credential_in_a_log(log_format: str) -> None:
+    """Where standard output is no terminal, somebody may keep what is written there."""
+    arguments = ("--no-print-credential", f"--log-format={log_format}")
+    for given in (arguments, arguments[1:]):
+        with RelayProcess(*given, port=free_port(), portal=True, asks=False) as relay:
+            relay.logs("--print-credential prints one at the start")
+            relay.logs("relaying: listening on")
+            relay.signals(signal.SIGTERM)
+            assert relay.process.stdout is not None
+            assert relay.process.stdout.read() == ""
+            assert relay.wait() == 0
+
+
+def test_on_a_terminal_a_credential_is_printed() -> None:
+    terminal, its_end = pty.openpty()
+    with RelayProcess(port=free_port(), portal=True, asks=False, stdout=its_end) as relay:
+        os.close(its_end)
+        printed = b""
+        while b"good until" not in printed:
+            printed += os.read(terminal, 4096)
+        relay.logs("relaying: listening on")
+    os.close(terminal)
 
 
 def test_without_descriptors_for_a_single_allocation_it_does_not_serve() -> None:

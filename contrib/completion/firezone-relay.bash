@@ -31,6 +31,7 @@ _firezone_relay() {
         --harden) words='auto require off' ;;
         --channel-range) words='rfc8656 rfc5766' ;;
         --offload) words='auto off' ;;
+        --print-credential | --no-print-credential | \
         --one-allocation-per-username | --no-one-allocation-per-username | \
         --check-config | \
         --print-config | \
@@ -38,9 +39,10 @@ _firezone_relay() {
         -h | --help | [!-]*)
             words='--public-ip4-addr --public-ip6-addr --bind-ip4-addr --bind-ip6-addr --listen-port
             --lowest-port --highest-port --token-file --api-url --name --relay-secret-file
-            --mint --allow-peer --deny-peer --refused-peers --one-allocation-per-username
-            --no-one-allocation-per-username --max-allocations --max-allocations-per-username
-            --max-allocations-per-ip --max-channels-per-allocation --unauthenticated-rate
+            --print-credential --no-print-credential --mint --allow-peer --deny-peer
+            --refused-peers --one-allocation-per-username --no-one-allocation-per-username
+            --max-allocations --max-allocations-per-username --max-allocations-per-ip
+            --max-channels-per-allocation --unauthenticated-rate
             --unauthenticated-rate-per-prefix --log-format --log-level --http-addr --harden
             --drain-timeout --channel-range --offload --software --rng-seed -c --config
             --check-config --print-config --version -h --help'

@@ -44,6 +44,7 @@ class Config:
     api_url: str
     name: str | None
     relay_secret: str | None = field(repr=False)
+    print_credential: bool | None  # None: where somebody sees it, and nobody keeps it
     allow_peers: tuple[str, ...]  # CIDR
     deny_peers: tuple[str, ...]
     one_allocation_per_username: bool | None  # None: as the portal's presence says

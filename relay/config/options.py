@@ -171,6 +171,15 @@ OPTIONS: Final = (
         in_file=True,
     ),
     Option(
+        "print-credential",
+        "PRINT_CREDENTIAL",
+        switch,
+        "print a credential that is good for a day at the start, without a token (default: where "
+        "standard output is a terminal)",
+        CREDENTIALS,
+        field="print_credential",
+    ),
+    Option(
         "allow-peer",
         "ALLOW_PEER",
         cidrs,
