@@ -253,12 +253,24 @@ def _listeners(
             try:
                 listeners[family] = listen(host, config.listen_port, shared, receiver)
             except OSError as error:
-                where = format_endpoint(host, config.listen_port)
-                raise DaemonError(
-                    os.EX_CANTCREAT if error.errno == errno.EADDRINUSE else os.EX_OSERR,
-                    f"cannot listen on {where} (UDP): {error.strerror}",
-                ) from error
+                raise _cannot_listen(host, config.listen_port, error) from error
     return listeners
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> DaemonError:
+    problem = f"cannot listen on {format_endpoint(host, port)} (UDP): {error.strerror}"
+    match error.errno:
+        case errno.EADDRINUSE:
+            return DaemonError(os.EX_CANTCREAT, problem)
+        case errno.EACCES:  # to try again would not help
+            return DaemonError(
+                os.EX_CONFIG,
+                f"{problem}. To open port {port} takes a privilege: have systemd open it, by a "
+                "socket unit, or give CAP_NET_BIND_SERVICE (AmbientCapabilities=), or lower "
+                "net.ipv4.ip_unprivileged_port_start by sysctl",
+            )
+        case _:
+            return DaemonError(os.EX_OSERR, problem)
 
 
 def _reach_client(listeners: dict[Family, ListeningSocket], client: ClientAddress) -> Destination:

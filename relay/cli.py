@@ -6,7 +6,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ def _run(argv: Sequence[str], command: Command) -> int:
         _print_credential(command.config, command.mint)
     if command.print_config or command.check_config or command.mint is not None:
         return os.EX_OK
+    _warn_about_private_hosts(command.private_hosts)
     _warn_about_secret_files(command.secret_files)
     # From here on the log tells, which waits for nobody, in the format that was asked for.
     signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)  # until they are caught
@@ -113,6 +114,16 @@ def _print_credential(config: Config, seconds: int) -> None:
     expires = int(time.time()) + seconds
     username, password = mint(expires, secrets.token_urlsafe(12), config.relay_secret)
     print(as_json(config.urls, username, password, expires))
+
+
+def _warn_about_private_hosts(hosts: Mapping[str, str]) -> None:
+    if hosts:
+        logger.warning(
+            "%s, which the routing table gives, is private: nobody on the internet can reach it. "
+            "Behind a NAT, as in most clouds, give the public address: %s",
+            " and ".join(hosts.values()),
+            " ".join(f"--{name} ADDR" for name in hosts),
+        )
 
 
 def _warn_about_secret_files(paths: Iterable[str]) -> None:

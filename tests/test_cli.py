@@ -1194,6 +1194,37 @@ def test_a_drain_timeout_of_zero_ends_at_once() -> None:
         assert relay.wait() == 0
 
 
+# --- A public address that is none ----------------------------------------------------------
+
+PRIVATE = [
+    pytest.param("10.0.0.5", None, {"public-ip4-addr": "10.0.0.5"}, id="RFC 1918"),
+    pytest.param("172.31.255.9", None, {"public-ip4-addr": "172.31.255.9"}, id="as EC2 has"),
+    pytest.param("192.168.1.2", None, {"public-ip4-addr": "192.168.1.2"}, id="at home"),
+    pytest.param("100.64.0.1", None, {"public-ip4-addr": "100.64.0.1"}, id="carrier's NAT"),
+    pytest.param("10.0.0.5", "2001:db8::5", {"public-ip4-addr": "10.0.0.5"}, id="but for IPv6"),
+    pytest.param(None, "fd00::5", {"public-ip6-addr": "fd00::5"}, id="unique local"),
+    pytest.param("192.0.2.1", "2001:db8::5", {}, id="neither"),
+]
+
+
+@pytest.mark.parametrize(("ipv4", "ipv6", "private"), PRIVATE)
+def test_a_private_address_that_is_found_is_noted(
+    machine: Callable[..., None], ipv4: str | None, ipv6: str | None, private: dict[str, str]
+) -> None:
+    machine(routes={socket.AF_INET: ipv4, socket.AF_INET6: ipv6})
+    assert read(["-c", os.devnull], {}).private_hosts == private
+
+
+def test_loopback_for_want_of_a_route_is_private(machine: Callable[..., None]) -> None:
+    machine(local={"127.0.0.1"})
+    assert read(["-c", os.devnull], {}).private_hosts == {"public-ip4-addr": "127.0.0.1"}
+
+
+def test_a_private_address_that_is_given_is_wanted(machine: Callable[..., None]) -> None:
+    machine(routes={socket.AF_INET: "192.168.1.2"})
+    assert read(["-c", os.devnull, "--public-ip4-addr=10.0.0.5"], {}).private_hosts == {}
+
+
 # --- Helpers ---------------------------------------------------------------------------------
 
 

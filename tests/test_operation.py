@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -500,6 +501,23 @@ def test_the_log_tells_why_it_ended(log_format: str) -> None:
     if log_format == "json":
         assert json.loads(line)["level"] == "ERROR"
     assert f"cannot listen on 0.0.0.0:{port} (UDP): Address already in use" in line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a network namespace")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is missing")
+def test_a_port_that_takes_a_privilege_is_a_wrong_configuration() -> None:
+    """It would be tried every three seconds, for ever."""
+    everything = "-all"
+    prefix = (
+        *("unshare", "--net", "setpriv"),
+        *(f"--bounding-set={everything}", f"--inh-caps={everything}"),
+    )
+    with RelayProcess(port=53, portal=True, prefix=prefix) as relay:
+        assert relay.wait() == 78
+    line = relay.errors().splitlines()[-1]
+    assert "cannot listen on 0.0.0.0:53 (UDP): Permission denied" in line
+    for way_out in ("socket unit", "CAP_NET_BIND_SERVICE", "net.ipv4.ip_unprivileged_port_start"):
+        assert way_out in line
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,17 @@ def test_probes_hear_that_the_public_address_is_gone(host: Host) -> None:
             pass
 
 
+def test_a_public_address_that_is_private_is_a_warning(host: Host) -> None:
+    """What every cloud's machine finds that has its public address in front of it."""
+    host.gets("10.0.0.5")
+    host.loses(HOST)
+    ip("-n", host.name, "route", "add", "default", "via", "10.0.0.1")
+    with host.runs_relay() as relay:
+        line = relay.logs("10.0.0.5, which the routing table gives, is private")
+        assert "WARNING" in line
+        assert line.endswith("give the public address: --public-ip4-addr ADDR\n")
+
+
 # --- Where AF_NETLINK is not allowed --------------------------------------------------------
 
 # Runs the relay as RestrictAddressFamilies= of systemd would, without AF_NETLINK.

@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO
 
@@ -32,6 +33,7 @@ class Command:
     texts: dict[str, tuple[str, ...]]  # every option that has a value, as it could be written
     file: str | None  # of options; None: there is none
     token_source: str | None  # if that is no option
+    private_hosts: dict[str, str]  # by option: what the routing table says, and nobody can reach
     secret_files: tuple[str, ...]
     check_config: bool
     print_config: bool
@@ -68,8 +70,9 @@ def _read(argv: Sequence[str], environment: Mapping[str, str], reader: "_Reader"
         else:
             values[option.name] = () if option.repeatable else None
     token_source, token_files = _find_token(values, texts, environment, reader)
+    private_hosts: dict[str, str] = {}
     if values["token-file"] is None:
-        _find_public_addresses(values, texts)
+        private_hosts = _find_public_addresses(values, texts)
     config = Config(
         **{option.field: values[option.name] for option in OPTIONS},
         http_addr_given=namespace.http_addr is not None,
@@ -79,6 +82,7 @@ def _read(argv: Sequence[str], environment: Mapping[str, str], reader: "_Reader"
         texts,
         file=file,
         token_source=token_source,
+        private_hosts=private_hosts,
         secret_files=(*token_files, *texts.get("relay-secret-file", ())),
         check_config=namespace.check_config,
         print_config=namespace.print_config,
@@ -177,14 +181,29 @@ def _is_file(text: str) -> bool:
     return True
 
 
-def _find_public_addresses(values: dict[str, Any], texts: dict[str, tuple[str, ...]]) -> None:
-    """Ask the routing table when neither address is given; with no route, use loopback."""
+# RFC 1918, RFC 6598, RFC 4193, and loopback.
+_PRIVATE: Final = tuple(
+    ip_network(cidr)
+    for cidr in (
+        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "127.0.0.0/8"),
+        *("fc00::/7", "::1/128"),
+    )
+)
+
+
+def _find_public_addresses(
+    values: dict[str, Any], texts: dict[str, tuple[str, ...]]
+) -> dict[str, str]:
+    """Ask the routing table when neither address is given; with no route, use loopback.
+
+    Returns those of the found ones, by option, that only the same network can reach.
+    """
     names = {
         "public-ip4-addr": (socket.AF_INET, "127.0.0.1"),
         "public-ip6-addr": (socket.AF_INET6, "::1"),
     }
     if any(values[name] for name in names):
-        return
+        return {}
     found = {name: outward_address(family) for name, (family, _) in names.items()}
     if not any(found.values()):
         found = {name: loopback for name, (_, loopback) in names.items() if is_local(loopback)}
@@ -192,6 +211,11 @@ def _find_public_addresses(values: dict[str, Any], texts: dict[str, tuple[str, .
         if host is not None:
             values[name] = host
             texts[name] = (host,)
+    return {
+        name: host
+        for name, host in found.items()
+        if host is not None and any(ip_address(host) in network for network in _PRIVATE)
+    }
 
 
 class _Reader:
