@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.stun.attributes import Attr
+from relay.stun.attributes import Attr, DecodeError
 from relay.stun.const import UDP_PROTOCOL, Method
 from relay.turn.auth import NONCE_SIZE, REALM, REMEMBERED_KEYS, Authenticator, password
 from relay.turn.commands import ClientAddress
@@ -36,6 +36,27 @@ PASSWORDS = [
 @pytest.mark.parametrize(("expiry", "salt", "secret", "expected"), PASSWORDS)
 def test_password(expiry: str, salt: str, secret: str, expected: str) -> None:
     assert password(expiry, salt, secret) == expected
+
+
+@given(
+    salt=st.text(max_size=60),
+    suffix=st.binary(max_size=60),
+    secret_size=st.integers(1, 200),
+)
+def test_no_username_extends_another_ones_hash(salt: str, suffix: bytes, secret_size: int) -> None:
+    """SHA-256 can be continued from its result, without the secret in front of the salt.
+
+    What is hashed then goes on after the salt with the padding of the first hash: 0x80, zeros, and
+    64 bits of length. So whoever has a password could make one for a username with that in it, and
+    the salt is the client's choice. No text in UTF-8 goes on with 0x80 after a whole character.
+    """
+    username = f"1892160000:{salt}".encode()
+    hashed = len(username) + 1 + secret_size
+    padding = b"\x80" + bytes(-(hashed + 9) % 64) + (8 * hashed).to_bytes(8, "big")
+    assert (hashed + len(padding)) % 64 == 0
+
+    with pytest.raises(DecodeError):
+        Attr.USERNAME.coding.decode(username + padding + suffix, bytes(12))
 
 
 @pytest.mark.parametrize(("expiry", "salt", "secret", "expected"), PASSWORDS)
