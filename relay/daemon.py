@@ -6,13 +6,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, assert_never
 
 from relay.assembly import DaemonError, assemble, peer_policy_of, settings_of
 from relay.config.credentials import as_json, as_text
 from relay.config.model import Config, ConfigError, Reloaded
 from relay.host import sandbox
+from relay.host.identity import require_possible
 from relay.net.signals import Signals
 from relay.observe import logs
 from relay.observe.monitor import listed
@@ -46,13 +47,24 @@ SWITCH_INTERVAL: Final = 0.0002
 class Daemon:
     """A relay with its sockets bound, ready to run. Raises DaemonError if it cannot be."""
 
-    def __init__(self, config: Config, reread: Callable[[Config], Reloaded] | None = None) -> None:
-        """Bind and build what *config* asks for.
+    def __init__(
+        self,
+        config: Config,
+        reread: Callable[[Config], Reloaded] | None = None,
+        files: Iterable[str] = (),
+    ) -> None:
+        """Bind and build what *config* asks for. Raises DaemonError, ConfigError.
 
-        ``reread(config)`` reads the configuration again; it may raise ConfigError.
+        ``reread(config)`` reads the configuration again, from *files* among others; it may raise
+        ConfigError.
         """
+        try:
+            require_possible(config.user)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         self._config = config
         self._reread = reread
+        self._files = tuple(files)
         self._parts = assemble(config, self._on_portal_event, self._on_addresses)
         self.reactor = self._parts.reactor
         self._is_serving = self._is_draining = self._is_recheck_due = False
@@ -118,7 +130,17 @@ class Daemon:
     def _start(self) -> None:
         """Give up privileges, start the threads, and look at what they may do; then serve."""
         parts = self._parts
-        confined = sandbox.enter(self._config.harden)  # before there is any other thread
+        readable = [path for path in self._files if os.access(path, os.R_OK)]
+        # Before there is any other thread.
+        confined = sandbox.enter(self._config.harden, self._config.user)
+        for path in readable:
+            if not os.access(path, os.R_OK):
+                logger.warning(
+                    "a reload will fail: %s can be read by root, but not by uid %d, as which the "
+                    "relay goes on",
+                    path,
+                    os.geteuid(),
+                )
         sys.setswitchinterval(SWITCH_INTERVAL)
         gc.collect()
         gc.freeze()  # what there is by now stays, so it need not be looked at again

@@ -72,6 +72,7 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     ),
     "http-addr": (("[::1]:9090", ("::1", 9090)), ("off", None)),
     "harden": (("require", "require"), ("off", "off")),
+    "user": (("root", "root"), ("65534", "65534")),
     "drain-timeout": (("0", 0), ("86400", 86400)),
     "software": (("relay", "relay"), ("Größe: 1/2", "Größe: 1/2")),
     "rng-seed": (("0", 0), ("7", 7)),
@@ -107,6 +108,7 @@ BAD: Final = {
     "log-level": "loud",
     "http-addr": "::1:8080",
     "harden": "maybe",
+    "user": "no-such-user",
     "drain-timeout": "1.5",
     "software": "a\x07b",
     "rng-seed": "dice",
@@ -723,7 +725,7 @@ def test_a_default_file_that_may_be_looked_at_no_longer_is_an_error(
 
     with (
         unprivileged(),
-        pytest.raises(ConfigError, match=f"{file}: cannot be read: Permission denied$"),
+        pytest.raises(ConfigError, match=f"{file}: cannot be read: Permission denied to uid"),
     ):
         reread([], variables, command, command.config)
 

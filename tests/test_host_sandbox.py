@@ -33,9 +33,10 @@ def test_every_thread_has_given_up_everything(user: str, harden: str) -> None:
             if user == "root":
                 assert thread["CapBnd"] == NONE
         bounding = ", empty bounding set" if threads[0]["CapBnd"] == NONE else ""
+        whose = "user nobody, " if user == "root" else ""
         (line,) = child.log
         assert line == (
-            f"INFO sandboxed: no capabilities{bounding}, no new privileges, not dumpable, "
+            f"INFO sandboxed: {whose}no capabilities{bounding}, no new privileges, not dumpable, "
             "in 3 threads (firezone-relay, health, portal)"
         )
 

@@ -30,7 +30,7 @@ TOKEN = "a-token-that-nobody-may-see"
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator["Manager"]:
-    with Manager(tmp_path / "notify") as manager:
+    with Manager(f"relay-{os.getpid()}-{tmp_path.name}") as manager:
         yield manager
 
 
@@ -56,6 +56,124 @@ def test_no_thread_keeps_any_privilege() -> None:
         assert thread["NoNewPrivs"] == "1"
         if os.geteuid() == 0:
             assert thread["CapBnd"] == "0" * 16
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+def users_of(relay: RelayProcess) -> set[tuple[str, ...]]:
+    """Return user, group and other groups of each thread, as the kernel tells them."""
+    found = set()
+    for path in Path(f"/proc/{relay.pid}/task").glob("*/status"):
+        fields = dict(row.split(":\t", 1) for row in path.read_text().splitlines())
+        found.add(
+            tuple(" ".join(sorted({*fields[key].split()})) for key in ("Uid", "Gid", "Groups"))
+        )
+    return found
+
+
+@as_root
+@pytest.mark.parametrize("harden", ["auto", "require"])
+def test_root_becomes_nobody_in_each_thread(harden: str) -> None:
+    with FakePortal() as portal:
+        portal.serves()
+        http = free_tcp_port()
+        arguments = (f"--http-addr=127.0.0.1:{http}", f"--harden={harden}")
+        with relay_of(portal, *arguments) as relay:
+            relay.logs("sandboxed: user nobody, no capabilities, empty bounding set")
+            relay.logs("relaying: listening on")
+            assert users_of(relay) == {("65534", "65534", "")}
+            assert ask(http, "/readyz")[0] == 200
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("arguments", "ids"),
+    [
+        pytest.param(["--user=daemon"], ("1", "1", ""), id="a name"),
+        pytest.param(["--user=4711"], ("4711", "4711", ""), id="a number without a name"),
+        pytest.param(["--user=daemon", "--harden=off"], ("1", "1", ""), id="without hardening"),
+        pytest.param(["--harden=off"], ("0", "0", "0"), id="root without hardening"),
+    ],
+)
+def test_root_becomes_whom_it_is_told(arguments: list[str], ids: tuple[str, ...]) -> None:
+    with RelayProcess(*arguments, port=free_port(), prefix=("setpriv", "--groups=0")) as relay:
+        relay.logs("relaying: listening on")
+        assert users_of(relay) == {ids}
+
+
+@as_root
+def test_root_that_stays_root_says_so() -> None:
+    with RelayProcess("--user=root", port=free_port(), prefix=("setpriv", "--groups=0")) as relay:
+        assert "WARNING" in relay.logs("stays root, as --user says")
+        relay.logs("sandboxed: no capabilities")
+        assert users_of(relay) == {("0", "0", "0")}
+
+
+@as_root
+def test_only_root_can_become_another_user() -> None:
+    prefix = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    with RelayProcess("--user=daemon", port=free_port(), prefix=prefix, portal=True) as relay:
+        assert relay.wait() == 78
+    assert "user 'daemon': only root can become another user" in relay.errors()
+    assert "this process is of uid 65534" in relay.errors()
+    with RelayProcess("--user=nobody", port=free_port(), prefix=prefix) as relay:
+        relay.logs("sandboxed: no capabilities")
+
+
+# How a container may be: its root is another user outside, and the only one that there is; or it
+# cannot change users.
+CONTAINERS = [
+    pytest.param(
+        ("unshare", "--user", "--map-root-user"), "this user namespace", id="one user is mapped"
+    ),
+    pytest.param(
+        ("setpriv", "--bounding-set=-setuid,-setgid", "--inh-caps=-setuid,-setgid"),
+        "CAP_SETUID and CAP_SETGID are missing",
+        id="no CAP_SETUID",
+    ),
+]
+
+
+@as_root
+@pytest.mark.parametrize(("prefix", "why"), CONTAINERS)
+def test_root_that_cannot_become_anybody_serves_as_root_unless_it_must(
+    prefix: tuple[str, ...], why: str
+) -> None:
+    with RelayProcess(port=free_port(), prefix=prefix) as relay:
+        line = relay.logs("cannot become user nobody: ")
+        assert "WARNING" in line
+        assert why in line
+        relay.logs("sandboxed: no capabilities")
+        relay.logs("relaying: listening on")
+    for argument in ("--harden=require", "--user=daemon"):
+        with RelayProcess(argument, port=free_port(), prefix=prefix, portal=True) as relay:
+            assert relay.wait() == 71
+        assert "(--user root stays root)" in relay.errors()
+    with RelayProcess("--harden=require", "--user=root", port=free_port(), prefix=prefix):
+        pass
+
+
+@as_root
+def test_files_that_a_reload_cannot_read_are_named_at_the_start(tmp_path: Path) -> None:
+    """Rather than at the first SIGHUP."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "secret").chmod(0o600)
+    (tmp_path / "relay.conf").touch()
+    directory = f"/tmp/relay-test-{os.getpid()}"
+    shutil.copytree(tmp_path, directory)  # whose parents everyone may enter
+    try:
+        arguments = (f"--config={directory}/relay.conf", f"--relay-secret-file={directory}/secret")
+        with RelayProcess(*arguments, port=free_port()) as relay:
+            line = relay.logs("a reload will fail: ")
+            assert f"{directory}/secret can be read by root, but not by uid 65534" in line
+            relay.logs("relaying: listening on")
+            relay.signals(signal.SIGHUP)
+            relay.logs("Permission denied to uid 65534")
+        assert f"{directory}/relay.conf" not in relay.errors()
+    finally:
+        shutil.rmtree(directory)
 
 
 def test_with_hardening_off_it_says_so() -> None:
@@ -454,8 +572,8 @@ def test_what_only_privileges_could_read_is_not_read_again(tmp_path: Path, close
     os.chown(relay.file if closed == "file" else directory, NOBODY, NOBODY)
     with relay:
         relay.signals(signal.SIGHUP)
-        line = relay.logs("privileges have been given up since the start")
-        assert f"{relay.file}: cannot be read: Permission denied" in line
+        line = relay.logs("without privileges since the start")
+        assert f"{relay.file}: cannot be read: Permission denied to uid 0" in line
         with client_of(relay) as alice:
             alice.allocates()
             alice.binds(0x4000, ("127.0.0.1", 9))  # still allowed
@@ -677,6 +795,8 @@ class Configured(RelayProcess):
         super().__init__(
             f"--config={self.file}",
             "--public-ip4-addr=127.0.0.1",
+            # Only root can read where pytest makes its files.
+            *(("--user=root",) if os.geteuid() == 0 else ()),
             port=free_port(),
             loopback=False,
             variables=variables,
@@ -688,13 +808,13 @@ class Configured(RelayProcess):
 
 
 class Manager:
-    """systemd's end of the notification socket."""
+    """systemd's end of the notification socket: an abstract one, which every user can reach."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, name: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
+        self._socket.bind(f"\0{name}")
         self._socket.settimeout(TIMEOUT)
-        self.variables = {"NOTIFY_SOCKET": str(path)}
+        self.variables = {"NOTIFY_SOCKET": f"@{name}"}
         self.heard: list[str] = []
 
     def __enter__(self) -> Self:

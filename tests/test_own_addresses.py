@@ -178,7 +178,8 @@ def test_without_netlink_it_says_so_and_protects_its_host_all_the_same(
 ) -> None:
     later, file = LATER[0], tmp_path / "relay.conf"
     file.touch()
-    arguments = f"--public-ip4-addr={later}", f"--config={file}"
+    # Only root can read where pytest makes its files.
+    arguments = f"--public-ip4-addr={later}", f"--config={file}", "--user=root"
     relay = host.runs_relay(*arguments, program=FILTERED)
     with relay, TurnClient((HOST, relay.port), relay.username, relay.password) as alice:
         assert "WARNING" in relay.logs("the kernel does not tell of this host's addresses")

@@ -44,7 +44,7 @@ _firezone_relay() {
             --max-allocations --max-allocations-per-username --max-allocations-per-ip
             --max-channels-per-allocation --unauthenticated-rate
             --unauthenticated-rate-per-prefix --log-format --log-level --http-addr --harden
-            --drain-timeout --channel-range --offload --software --rng-seed -c --config
+            --user --drain-timeout --channel-range --offload --software --rng-seed -c --config
             --check-config --print-config --version -h --help'
             ;;
     esac

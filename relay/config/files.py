@@ -33,8 +33,8 @@ def read_file(path: str, *, again: bool) -> bytes:
                 content += part or b""  # None: somebody else has read it
     except OSError as error:
         reason = error.strerror
-        if again and error.errno == errno.EACCES and os.geteuid() == 0:
-            reason = f"{reason}; privileges have been given up since the start"
+        if again and error.errno == errno.EACCES:
+            reason = f"{reason} to uid {os.geteuid()}, without privileges since the start"
         raise ValueError(f"cannot be read: {reason}") from None
     raise ValueError(f"is too long: more than {LONGEST_FILE} bytes")
 

@@ -61,6 +61,7 @@ class Config:
     http_addr: Address | None
     http_addr_given: bool = field(compare=False)  # False: nobody insists on it
     harden: str
+    user: str | None  # whom root becomes; None: an unprivileged one
     offload: bool  # GRO and GSO, where the kernel has them
     drain_timeout: int  # seconds
     software: str | None

@@ -20,6 +20,7 @@ from relay.config.parsing import (
     software,
     switch,
     token,
+    user,
 )
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
 
@@ -333,6 +334,16 @@ OPTIONS: Final = (
         default="auto",
         metavar="MODE",
         field="harden",
+    ),
+    Option(
+        "user",
+        "RELAY_USER",
+        user,
+        "which user to become when started as root, by name or number; root stays root (default: "
+        "nobody)",
+        RUNNING,
+        metavar="USER",
+        field="user",
     ),
     Option(
         "drain-timeout",

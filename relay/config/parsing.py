@@ -5,6 +5,7 @@ read by the same function wherever it comes from.
 """
 
 import logging
+import pwd
 import re
 from collections.abc import Callable
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_network
@@ -147,6 +148,16 @@ def relay_name(text: str) -> str:
     """Read the name by which the portal is to call this relay."""
     if not 0 < len(text) <= 255 or text != text.strip():
         raise ValueError("empty, or longer than 255 characters, or with blanks at its ends")
+    return text
+
+
+def user(text: str) -> str:
+    """Read the name of a user that there is, or a number."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        try:
+            pwd.getpwnam(text)
+        except KeyError:
+            raise ValueError("there is no such user") from None
     return text
 
 

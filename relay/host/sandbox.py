@@ -8,12 +8,15 @@ of them run. See capabilities(7), and PR_SET_NO_NEW_PRIVS and PR_SET_DUMPABLE in
 import errno
 import logging
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
 from operator import or_
 from pathlib import Path
 from typing import Any, Final
+
+from relay.host.identity import ROOT, Identity, become, identity_of, reason
 
 logger = logging.getLogger("relay.host")
 
@@ -24,41 +27,53 @@ class SandboxError(Exception):
     """The process keeps what it must not keep."""
 
 
-def enter(harden: str) -> "Sandbox":
+def enter(harden: str, user: str | None = None) -> "Sandbox":
     """Name the process and give up every privilege, for good. Call it before there is any thread.
 
-    Given up are all capabilities, gaining any by exec, and being dumped or traced by its own
-    user: secrets are in memory. With *harden* "require" everything that the process has the
-    power to give up must go, with "auto" only the capabilities of root; the rest is a warning.
-    With "off" the process is named and that is all. Raises SandboxError.
+    Root becomes *user*, or nobody. Given up are all capabilities, gaining any by exec, and being
+    dumped or traced by its own user: secrets are in memory. With *harden* "require" everything
+    that the process has the power to give up must go, and root must become another user; with
+    "auto" only the capabilities of root must, and whom root becomes if *user* names one; the rest
+    is a warning. With "off" the process is named, becomes a *user* that is named, and that is
+    all. Raises SandboxError; ValueError if there is no such user.
     """
     name_thread(PROCESS_NAME)
+    is_root = os.geteuid() == ROOT
+    wanted = identity_of(user) if is_root and (user is not None or harden != "off") else None
+    if wanted is not None and wanted.uid == ROOT:
+        logger.warning("stays root, as --user says: a flaw could change what root's files are")
+        wanted = None
     if harden == "off":
-        return Sandbox(harden, empties_bounding_set=False)
-    is_root = os.geteuid() == 0
+        if wanted is not None:
+            wanted = _become(wanted, harden, is_named=True)
+        return Sandbox(harden, was_root=is_root, identity=wanted)
     try:
         prctl = _prctl()
         has_setpcap = _has_setpcap(prctl)
     except Exception as error:  # noqa: BLE001
         _complain(f"cannot drop privileges: {error}", is_fatal=is_root or harden == "require")
-        return Sandbox(harden, empties_bounding_set=False)
-    steps = [
-        ("drop capabilities", _drop_capabilities),
-        ("set no_new_privs", _forbid_new_privileges),
-        ("become undumpable", _forbid_dumps),
-    ]
+        return Sandbox(harden, was_root=is_root)
+    before = []
     if has_setpcap:  # which goes with the other capabilities
-        steps[:0] = [
+        before = [
             ("set securebits", _lock_securebits),
             ("empty the bounding set", _empty_bounding_set),
         ]
-    for what, give_up in steps:
-        try:
-            give_up(prctl)
-        except Exception as error:  # noqa: BLE001
-            must_succeed = is_root and give_up is _drop_capabilities
-            _complain(f"cannot {what}: {error}", is_fatal=must_succeed or harden == "require")
-    return Sandbox(harden, empties_bounding_set=has_setpcap)
+    _give_up(before, prctl, must_succeed=harden == "require")
+    # With the securebits set, capabilities do not go with root: that is for the next steps.
+    if wanted is not None:
+        wanted = _become(wanted, harden, is_named=user is not None)
+    _give_up(
+        [("drop capabilities", _drop_capabilities)],
+        prctl,
+        must_succeed=is_root or harden == "require",
+    )
+    after = [
+        ("set no_new_privs", _forbid_new_privileges),
+        ("become undumpable", _forbid_dumps),
+    ]
+    _give_up(after, prctl, must_succeed=harden == "require")
+    return Sandbox(harden, was_root=is_root, identity=wanted, empties_bounding_set=has_setpcap)
 
 
 def name_thread(name: str) -> None:
@@ -74,7 +89,10 @@ class Sandbox:
     """What was asked for, to be held against what the kernel says."""
 
     harden: str
-    empties_bounding_set: bool  # without CAP_SETPCAP it stays, which no_new_privs makes harmless
+    was_root: bool
+    identity: Identity | None = None  # whom root has become
+    # Without CAP_SETPCAP it stays, which no_new_privs makes harmless.
+    empties_bounding_set: bool = False
 
     def verify(self) -> None:
         """Look at every thread there is, and log in one line what holds.
@@ -83,7 +101,8 @@ class Sandbox:
         are the one thing that the kernel does not show.
         """
         if self.harden == "off":
-            logger.info("not sandboxed: harden is off")
+            whose = f"; user {self.identity.name}" if self.identity else ""
+            logger.info("not sandboxed: harden is off%s", whose)
             return
         try:
             threads = _threads()
@@ -98,8 +117,15 @@ class Sandbox:
         bounded = [thread.name for thread in threads if thread.bounding_set]
         gaining = [thread.name for thread in threads if not thread.no_new_privileges]
         dumpable = _dumpable()
+        others = [
+            thread.name
+            for thread in threads
+            if self.identity is not None and not thread.is_of(self.identity)
+        ]
 
         problems = []
+        if others:
+            problems.append(f"another user or group in {', '.join(others)}")
         if capable:
             problems.append(f"capabilities in {', '.join(capable)}")
         if bounded and self.empties_bounding_set:
@@ -109,11 +135,12 @@ class Sandbox:
         if dumpable:
             problems.append(dumpable)
         if problems:
-            must_hold = self.harden == "require" or (bool(capable) and os.geteuid() == 0)
+            must_hold = self.harden == "require" or (self.was_root and bool(capable or others))
             _complain(f"not sandboxed: {'; '.join(problems)}", is_fatal=must_hold)
             return
         logger.info(
-            "sandboxed: no capabilities%s, no new privileges, not dumpable, in %s (%s)",
+            "sandboxed: %sno capabilities%s, no new privileges, not dumpable, in %s (%s)",
+            f"user {self.identity.name}, " if self.identity else "",
             "" if bounded else ", empty bounding set",
             "1 thread" if len(threads) == 1 else f"{len(threads)} threads",
             ", ".join(thread.name for thread in threads),
@@ -127,6 +154,33 @@ def _complain(problem: str, *, is_fatal: bool) -> None:
 
 
 # --- Giving up ------------------------------------------------------------------------------
+
+
+def _give_up(
+    steps: Iterable[tuple[str, Callable[[Any], None]]],
+    prctl: Any,  # noqa: ANN401
+    *,
+    must_succeed: bool,
+) -> None:
+    for what, give_up in steps:
+        try:
+            give_up(prctl)
+        except Exception as error:  # noqa: BLE001
+            _complain(f"cannot {what}: {error}", is_fatal=must_succeed)
+
+
+def _become(identity: Identity, harden: str, *, is_named: bool) -> Identity | None:
+    """Become another user than root; return it, or None if that cannot be and need not."""
+    try:
+        become(identity)
+    except OSError as error:
+        problem = f"cannot become user {identity.name}: {reason(error, identity)}"
+        if is_named or harden == "require":
+            raise SandboxError(f"{problem} (--user root stays root)") from error
+        # In a container such a root may own next to nothing, and is the only user that there is.
+        logger.warning("%s; stays root", problem)
+        return None
+    return identity
 
 
 def _prctl() -> Any:  # noqa: ANN401
@@ -186,6 +240,12 @@ class _Thread:
     capabilities: int  # of all four sets together, as a bit mask, as is the next
     bounding_set: int
     no_new_privileges: bool
+    ids: tuple[frozenset[int], frozenset[int], frozenset[int]]  # of user, group, other groups
+
+    def is_of(self, identity: Identity) -> bool:
+        """Tell if it is that user's through and through, without another group."""
+        users, groups, others = self.ids
+        return users == {identity.uid} and groups == {identity.gid} and not others
 
 
 def _threads() -> list[_Thread]:
@@ -204,9 +264,14 @@ def _threads() -> list[_Thread]:
                 capabilities=reduce(or_, sets),
                 bounding_set=int(fields["CapBnd"], 16),
                 no_new_privileges=fields["NoNewPrivs"] == "1",
+                ids=(_ids(fields["Uid"]), _ids(fields["Gid"]), _ids(fields["Groups"])),
             )
         )
     return sorted(threads, key=lambda thread: thread.name)
+
+
+def _ids(text: str) -> frozenset[int]:
+    return frozenset(map(int, text.split()))
 
 
 def _dumpable() -> str:
