@@ -20,6 +20,7 @@ from relay.net.udp import BURST, READ_BUDGET, SEGMENTED_BUDGET, PortSocket, Shar
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104  # <linux/udp.h>
 WILDCARDS = {"127.0.0.1": "0.0.0.0", "::1": "::"}
 SIZE = 100
+TO = ("192.0.2.10", 5000)
 
 every_host = pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 
@@ -267,9 +268,11 @@ class Kernel:
     def __init__(self, *refusals: int | None) -> None:
         self._refusals = list(refusals)
         self.sizes: list[int] = []  # of the segments in each call
+        self.counts: list[int] = []  # how many pieces there were in it
         self.options = 0  # how many it was asked for
 
-    def sendmsg(self, _pieces: Any, control: Any, _flags: int, _to: Any) -> None:
+    def sendmsg(self, pieces: Any, control: Any, _flags: int, _to: Any) -> None:
+        self.counts.append(len(pieces))
         self.sizes.append(struct.unpack("H", control[-1][2])[0])
         refusal = self._refusals.pop(0) if self._refusals else None
         if refusal is not None:
@@ -301,9 +304,9 @@ def test_the_refused_size_is_known_by_host_and_tried_again_later() -> None:
     sender = sender_of(kernel)
     pieces: list[memoryview | bytes] = [b"x", b"y"]
 
-    assert sender.send(pieces, 1, 1400, ("192.0.2.10", 5000)) == 0
+    assert sender.send(pieces, 1, 1400, TO) == 0
     assert sender.send(pieces, 1, 1400, ("192.0.2.11", 5000)) == 2
-    later = [sender.send(pieces, 1, 1400, ("192.0.2.10", 5000)) for _ in range(300)]
+    later = [sender.send(pieces, 1, 1400, TO) for _ in range(300)]
     assert later == [0] * 256 + [2] * 44
 
 
@@ -346,17 +349,54 @@ def test_segments_that_were_handled_singly_end_the_iteration(stack: ExitStack) -
     assert [receiver.reads_once() for _ in range(3)] == [[8], [8], [8]]
 
 
-@pytest.mark.parametrize("error", [errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP])
-def test_a_device_that_cannot_is_not_asked_again(
+@pytest.mark.parametrize("error", [errno.EIO, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_device_that_cannot_is_asked_again_later_and_others_meanwhile(
     error: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A tunnel on the way to one client must not decide for those beside it."""
     caplog.set_level(logging.INFO)
     kernel = Kernel(error)
     sender = sender_of(kernel)
+    pieces: list[memoryview | bytes] = [b"x", b"y"]
 
     assert [send(sender, size) for size in (1400, 1400, 1)] == [0, 0, 0]
+    assert sender.send(pieces, 1, 1400, ("192.0.2.11", 5000)) == 2
+    assert kernel.sizes == [1400, 1400]
+    assert len(caplog.records) == 1
+    assert [send(sender, 1400) for _ in range(300)] == [0] * 254 + [2] * 46
+
+
+def test_a_kernel_without_gso_is_not_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    kernel = Kernel(errno.ENOPROTOOPT)
+    sender = sender_of(kernel)
+
+    assert send(sender, 1400) == 0
+    assert sender.send([b"x", b"y"], 1, 1, ("192.0.2.11", 5000)) == 0
     assert kernel.sizes == [1400]
     assert len(caplog.records) == 1
+
+
+def test_a_kernel_that_cannot_count_to_64_gets_63_at_a_time() -> None:
+    """Some say EINVAL to exactly 64 full segments; that says nothing of their size."""
+    kernel, offload = Kernel(errno.EINVAL), Offload(wanted=True)
+    sender = sender_of(kernel, offload)
+    pieces: list[memoryview | bytes] = [b"xx"] * 64
+
+    assert sender.send(pieces, 1, 2, TO) == 0
+    assert sender.send(pieces, 1, 2, TO) == 64
+    assert kernel.counts == [64, 63, 1]
+    assert sender_of(kernel, offload).send(pieces, 1, 2, TO) == 64
+    assert kernel.counts == [64, 63, 1, 63, 1]
+
+
+@pytest.mark.parametrize("size", [65_508, 65_535, 65_539])
+def test_what_no_datagram_can_hold_is_not_tried(size: int) -> None:
+    """Loopback carries such segments to us, and a header makes them four bytes longer."""
+    kernel = Kernel()
+
+    assert sender_of(kernel).send([b"head", bytes(size - 4), b"head", b"x"], 2, size, TO) == 0
+    assert kernel.sizes == []
 
 
 @pytest.mark.parametrize(
@@ -373,7 +413,7 @@ def test_what_may_pass_is_tried_again(error: int, caplog: pytest.LogCaptureFixtu
 def test_what_went_out_before_a_refusal_counts() -> None:
     sender = sender_of(Kernel(None, errno.ENOBUFS))
 
-    assert sender.send([b"x"] * 130, 1, 1, ("192.0.2.10", 5000)) == 64
+    assert sender.send([b"x"] * 130, 1, 1, TO) == 64
 
 
 def test_a_kernel_without_udp_gro_is_asked_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -420,7 +460,7 @@ def sender_of(kernel: Kernel, offload: Offload | None = None) -> SegmentSender:
 
 
 def send(sender: SegmentSender, size: int) -> int:
-    return sender.send([bytes(size)] * 2, 1, size, ("192.0.2.10", 5000))
+    return sender.send([bytes(size)] * 2, 1, size, TO)
 
 
 def unexpected(name: str) -> None:

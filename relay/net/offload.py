@@ -26,7 +26,7 @@ logger = logging.getLogger("relay.net.offload")
 _SOL_UDP: Final = 17
 _UDP_SEGMENT: Final = 103
 _UDP_GRO: Final = 104
-_MAX_SEGMENTS: Final = 64  # UDP_MAX_SEGMENTS, which newer kernels have doubled
+MAX_SEGMENTS: Final = 64  # UDP_MAX_SEGMENTS, which newer kernels have doubled
 _MAX_BYTES: Final = 65507  # payload of the largest datagram over IPv4
 _TRIED_AFTER: Final = 256  # sends after a refusal until the next try
 _MAX_REFUSED: Final = 256  # hosts
@@ -43,6 +43,7 @@ class Offload:
     def __init__(self, *, wanted: bool) -> None:
         """Use it where it is possible, if it is *wanted*."""
         self.wanted = wanted
+        self.max_segments = MAX_SEGMENTS  # that one call may send
         self._logged: set[str] = set()
 
     def enable_gro(self, sock: socket.socket) -> bool:
@@ -81,9 +82,9 @@ def segment_size(ancillary: list[ControlMessage]) -> int:
 class SegmentSender:
     """Sends many datagrams at once from one socket, where the kernel takes them.
 
-    A kernel or device that cannot is not asked again. How long datagrams may be depends on
-    where they go to, and may change with routes and addresses, so that is remembered by host
-    and for some sends only.
+    A kernel that cannot is not asked again. Whether a device can, and how long datagrams may be,
+    depends on where they go to, and may change with routes and addresses, so that is remembered
+    by host and for some sends only.
     """
 
     __slots__ = ("_is_possible", "_offload", "_refused", "_sock")
@@ -109,40 +110,52 @@ class SegmentSender:
         Every *each* of the *pieces* make a datagram of *size* bytes; the last may be shorter,
         but not empty. What the kernel did not take can be sent one by one.
         """
-        if not self._is_possible:
+        if not self._is_possible or size > _MAX_BYTES:
             return 0
         refused_size, left_out = self._refused.get(to[0], _NOT_REFUSED)
         if left_out and size >= refused_size:
             self._refused[to[0]] = (refused_size, left_out - 1)
             return 0
         control = (*control, (_SOL_UDP, _UDP_SEGMENT, _pack_size(size)))
-        most = min(_MAX_SEGMENTS, _MAX_BYTES // size) * each
+        most = min(self._offload.max_segments, _MAX_BYTES // size) * each
         for start in range(0, len(pieces), most):
             try:
                 self._sock.sendmsg(pieces[start : start + most], control, 0, to)
             except OSError as error:
-                self._refuse(to[0], size, error)
+                self._refuse(to[0], size, error, min(most, len(pieces) - start) // each)
                 return start // each
         return len(pieces) // each
 
-    def _refuse(self, host: str, size: int, error: OSError) -> None:
-        """Do not try again soon what can be expected to fail again."""
-        if len(self._refused) >= _MAX_REFUSED:
-            self._refused.clear()
-        if error.errno in _TOO_LONG:
-            self._refused[host] = (size, _TRIED_AFTER)
+    def _refuse(self, host: str, size: int, error: OSError, count: int) -> None:
+        """Do not try again soon what can be expected to fail again: *count* segments to *host*."""
+        if error.errno == errno.ENOPROTOOPT:
+            self._is_possible = False
+            self._offload.log_once("no UDP_SEGMENT (%s): sent one by one", error.strerror)
+        elif error.errno == errno.EINVAL and count == MAX_SEGMENTS:
+            # Linux before 5.16 counted the UDP header in, so 64 full ones were too many.
+            self._offload.max_segments = MAX_SEGMENTS - 1
+        elif error.errno in _TOO_LONG:
+            self._remember(host, size)
             self._offload.log_once(
                 "UDP_SEGMENT refuses datagrams of %d bytes (%s): sent one by one",
                 size,
                 error.strerror,
             )
-        elif error.errno in _NOT_SUPPORTED:
-            self._is_possible = False
-            self._offload.log_once("no UDP_SEGMENT (%s): sent one by one", error.strerror)
+        elif error.errno in _NOT_THERE:
+            self._remember(host, 0)
+            self._offload.log_once(
+                "no UDP_SEGMENT on the way to a host (%s): sent one by one", error.strerror
+            )
         # Else it is a shortage, or no way to there: the next send may have more luck.
+
+    def _remember(self, host: str, size: int) -> None:
+        """Do not try *size* bytes and more to *host* for some time."""
+        if len(self._refused) >= _MAX_REFUSED:
+            self._refused.clear()
+        self._refused[host] = (size, _TRIED_AFTER)
 
 
 # Longer than the device can send unfragmented. Of old kernels it is EINVAL.
 _TOO_LONG: Final = frozenset({errno.EMSGSIZE, errno.EINVAL})
-# The device cannot compute checksums, or the route is encrypted (IPsec).
-_NOT_SUPPORTED: Final = frozenset({errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP})
+# The device on the way cannot compute checksums (a tunnel's), or the route is encrypted (IPsec).
+_NOT_THERE: Final = frozenset({errno.EIO, errno.EOPNOTSUPP})
