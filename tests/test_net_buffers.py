@@ -12,7 +12,9 @@ import pytest
 
 from relay.net.buffers import BufferGiver, log_buffers, set_buffers
 from relay.net.listening import LISTEN_BUFFER
-from relay.net.udp import PORT_BUFFER
+from relay.net.offload import Offload
+from relay.net.reactor import Reactor
+from relay.net.udp import PORT_BUFFER, PortOpener, Shared
 from tests.process import RelayProcess, free_port
 from tests.turnclient import TurnClient
 
@@ -148,6 +150,36 @@ def test_a_relay_without_privileges_says_what_it_got() -> None:
         read, send = (min(size, limit(name)) for name in ("rmem_max", "wmem_max"))
         assert log.count(f"{whose}: the kernel queues {read} bytes to read, {send} to send") == 1
         assert log.count(f"{whose}: bursts may be lost") == (min(read, send) < size)
+
+
+def test_a_burst_of_a_hundred_large_datagrams_fits_into_the_queue_of_a_port() -> None:
+    """With what the kernel lets everyone have by default."""
+    inbox, reactor = Inbox(), Reactor()
+    shared = Shared(memoryview(bytearray(65535)), pytest.fail, Offload(wanted=False))
+    number = free_port()
+    opener = PortOpener(reactor, {socket.AF_INET: "127.0.0.1"}, shared)
+    port = opener.open(socket.AF_INET, number, inbox)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        for _ in range(100):
+            peer.sendto(bytes(1400), ("127.0.0.1", number))
+    while port.reader.on_readable():
+        pass
+
+    assert inbox.count == 100
+    port.close()
+    reactor.close()
+
+
+class Inbox:
+    """Counts datagrams."""
+
+    count = 0
+
+    def on_datagram(self, *_: object) -> None:
+        self.count += 1
+
+    def on_segments(self, *_: object) -> int:
+        raise AssertionError("segments")
 
 
 def limit(name: str) -> int:
