@@ -251,7 +251,10 @@ def _listeners(
     for family, host in config.bind_hosts.items():
         if family not in listeners:
             try:
-                listeners[family] = listen(host, config.listen_port, shared, receiver)
+                public = config.public_hosts[family]
+                listeners[family] = listen(
+                    host, config.listen_port, shared, receiver, public=public
+                )
             except OSError as error:
                 raise _cannot_listen(host, config.listen_port, error) from error
     return listeners

@@ -3,7 +3,9 @@
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +96,35 @@ def test_a_peer_without_a_route_costs_one_datagram(relay: RelayProcess, family: 
 
         payload, source = bob.recvfrom(100)
         assert (payload, source[:2]) == (b"hi", relayed_address)
+
+
+@pytest.fixture
+def crowded() -> Iterator[str]:
+    """The name of a namespace with so many addresses that not each can have a socket."""
+    name = f"crowd-{os.getpid()}"
+    ip("netns", "add", name)
+    try:
+        ip("-n", name, "link", "set", "lo", "up")
+        for number in range(1, 41):
+            ip("-n", name, "address", "add", f"198.51.100.{number}/32", "dev", "lo")
+        yield name
+    finally:
+        ip("netns", "delete", name)
+
+
+def test_the_public_address_has_a_socket_of_its_own_among_many(crowded: str) -> None:
+    public = "198.51.100.40"
+    within = ("ip", "netns", "exec", crowded)
+    arguments = (f"--public-ip4-addr={public}",)
+    with RelayProcess(*arguments, port=free_port(), prefix=within, loopback=False) as relay:
+        table = Path(f"/proc/{relay.process.pid}/net/udp").read_text().splitlines()[1:]
+    hosts = {
+        socket.inet_ntoa(int(line.split()[1].partition(":")[0], 16).to_bytes(4, sys.byteorder))
+        for line in table
+    }
+
+    assert {"0.0.0.0", public} <= hosts
+    assert len(hosts) < 40
 
 
 def client_of(relay: RelayProcess, server: str) -> TurnClient:

@@ -146,6 +146,16 @@ def test_other_hosts_are_left_to_the_wildcard_socket(hosts: list[str], bound: li
     listener.close()
 
 
+def test_the_address_that_clients_write_to_gets_its_socket_before_others() -> None:
+    """A host may have hundreds of addresses that nobody writes to, before it in the alphabet."""
+    sock, inbox = bind_udp("0.0.0.0", 0, 65536), Inbox()
+    listener = WildcardSocket(sock, shared(), inbox)
+    listener.bind_per_address(MANY, inbox, {"127.0.0.77"})
+
+    assert [one.address[0] for one in listener.sockets[1:]] == ["127.0.0.77", *MANY[:15]]
+    listener.close()
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_a_socket_bound_to_one_address_needs_no_such_care(address: str) -> None:
     client = asks_and_is_answered(address, address)

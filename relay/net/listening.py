@@ -6,11 +6,11 @@ wrote to, packed. Answers go out from the latter.
 
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from typing import Final
 
-from relay.net.addresses import WILDCARDS, local_addresses
+from relay.net.addresses import WILDCARDS, local_addresses, outward_address
 from relay.net.buffers import log_buffers, set_buffers
 from relay.net.offload import ControlMessage, SegmentSender
 from relay.net.udp import (
@@ -49,11 +49,19 @@ Client = tuple[SocketAddress, bytes]
 """A socket address, and that of ours which it wrote to: packed, or empty if there is just one."""
 
 
-def listen(host: str, port: int, shared: Shared, receiver: Receiver) -> "ListeningSocket":
-    """Bind a socket whose datagrams *receiver* takes. Raises OSError."""
-    listener = _listening(bind_udp(host, port, LISTEN_BUFFER), shared, receiver)
+def listen(
+    host: str, port: int, shared: Shared, receiver: Receiver, *, public: str = ""
+) -> "ListeningSocket":
+    """Bind a socket whose datagrams *receiver* takes. Raises OSError.
+
+    *public* is the address that most clients can be expected to write to, if that is known.
+    """
+    sock = bind_udp(host, port, LISTEN_BUFFER)
+    listener = _listening(sock, shared, receiver)
     if isinstance(listener, WildcardSocket):
-        listener.bind_per_address(local_addresses(), receiver)
+        # Behind a 1:1 NAT the public one is none of ours: what arrives is for the outward one.
+        preferred = {public, outward_address(sock.family)}
+        listener.bind_per_address(local_addresses(), receiver, preferred)
     return listener
 
 
@@ -154,10 +162,17 @@ class WildcardSocket(ListeningSocket):
             sock
         )  # as it costs nothing here: the control messages are read anyway
 
-    def bind_per_address(self, hosts: Iterable[str], receiver: Receiver) -> None:
-        """Bind a socket to each of *hosts* that can be bound, but not to too many."""
+    def bind_per_address(
+        self, hosts: Iterable[str], receiver: Receiver, preferred: Container[str | None] = ()
+    ) -> None:
+        """Bind a socket to each of *hosts* that can be bound, but not to too many.
+
+        The *preferred* ones go first: a host can have hundreds that no client ever writes to,
+        of bridges and of services in a cluster.
+        """
         family, port = self._sock.family, self.address[1]
         ours = [host for host in sorted(hosts) if (":" in host) == (family == socket.AF_INET6)]
+        ours.sort(key=lambda host: host not in preferred)
         sharing = [self._sock]
         # Only in here, or anybody could bind to our addresses too and take what is sent to us.
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
