@@ -32,7 +32,7 @@ from relay.net.reactor import Reactor, log_bug
 from relay.net.udp import USUAL_LOSSES, PortOpener, PortSocket, Receiver, Shared
 from relay.observe.counters import Counters
 from relay.observe.http import HealthServer
-from relay.observe.monitor import QUEUE_FULL, Monitor
+from relay.observe.monitor import Monitor
 from relay.portal.client import PortalClient
 from relay.portal.endpoint import endpoint
 from relay.portal.phoenix import PortalEvent
@@ -53,7 +53,7 @@ HTTP_DESCRIPTORS: Final = 288
 MAX_CHANNELS: Final = 1 << 18  # at about 1,250 bytes each
 
 # What is worth a 0 before it is counted.
-KNOWN_DROPS: Final = (*(reason.value for reason in Drop), *USUAL_LOSSES, QUEUE_FULL)
+KNOWN_DROPS: Final = (*(reason.value for reason in Drop), *USUAL_LOSSES)
 KNOWN_AUTH_FAILURES: Final = tuple(reason.value for reason in AuthFailure)
 
 
@@ -160,7 +160,7 @@ def assemble(
     if live is not None:
         live.on_change = partial(_on_change, port_hosts, on_addresses)
         reactor.register(live, live.on_readable)
-    monitor = Monitor(server, counters, reactor, listening, KNOWN_AUTH_FAILURES)
+    monitor = Monitor(server, counters, reactor, [*listening, opener.queues], KNOWN_AUTH_FAILURES)
     return Parts(
         reactor=reactor,
         mailbox=mailbox,

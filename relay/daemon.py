@@ -85,7 +85,7 @@ class Daemon:
         finally:
             self._parts.close()
             counters = self._parts.counters
-            logger.info("stopped; datagrams dropped: %s", listed(counters.dropped))
+            logger.info("stopped; datagrams dropped: %s", listed(self._parts.monitor.dropped()))
             if counters.bugs:
                 logger.error("%d handlers failed: these are bugs", counters.bugs)
         if self._failure is not None:

@@ -5,12 +5,14 @@ import logging
 import os
 import shutil
 import socket
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from relay.net.buffers import BufferGiver, log_buffers, set_buffers
+from relay.net.buffers import BufferGiver, Overflows, log_buffers, set_buffers
 from relay.net.listening import LISTEN_BUFFER
 from relay.net.offload import Offload
 from relay.net.reactor import Reactor
@@ -154,20 +156,156 @@ def test_a_relay_without_privileges_says_what_it_got() -> None:
 
 def test_a_burst_of_a_hundred_large_datagrams_fits_into_the_queue_of_a_port() -> None:
     """With what the kernel lets everyone have by default."""
-    inbox, reactor = Inbox(), Reactor()
-    shared = Shared(memoryview(bytearray(65535)), pytest.fail, Offload(wanted=False))
-    number = free_port()
-    opener = PortOpener(reactor, {socket.AF_INET: "127.0.0.1"}, shared)
-    port = opener.open(socket.AF_INET, number, inbox)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
-        for _ in range(100):
-            peer.sendto(bytes(1400), ("127.0.0.1", number))
+    inbox, reactor, number = Inbox(), Reactor(), free_port()
+    port = opener_of(reactor).open(socket.AF_INET, number, inbox)
+    sends(100, number)
     while port.reader.on_readable():
         pass
 
     assert inbox.count == 100
     port.close()
     reactor.close()
+
+
+# --- What found no room ----------------------------------------------------------------------
+
+
+def test_what_finds_the_queue_of_a_port_full_is_counted() -> None:
+    """While it is open, as far as the kernel was asked, and to the end when it is closed."""
+    time, inbox = Time(), Inbox()
+    reactor = Reactor(lambda: time.now)
+    opener = opener_of(reactor)
+    number = free_port()
+    port = opener.open(socket.AF_INET, number, inbox)
+    sends(1000, number)
+    assert opener.queues.overflows() == 0
+
+    time.now += Overflows.PERIOD
+    reactor.iterate()  # the kernel is asked, and some are read
+    counted = opener.queues.overflows()
+    while port.reader.on_readable():
+        pass
+    assert counted == 1000 - inbox.count > 0
+
+    sends(1000, number)
+    port.close()
+    reactor.close_retired()
+    after = opener.queues.overflows()
+    assert after > counted
+    time.now += Overflows.PERIOD
+    reactor.iterate()
+    assert opener.queues.overflows() == after
+    reactor.close()
+
+
+def test_every_port_adds_to_the_count() -> None:
+    """Whether it is closed or not."""
+    reactor = Reactor()
+    opener, counted = opener_of(reactor), [0]
+    for _ in range(3):
+        number = free_port()
+        port = opener.open(socket.AF_INET, number, Inbox())
+        sends(1000, number)
+        port.close()
+        counted.append(opener.queues.overflows())
+    reactor.close()
+
+    assert counted == sorted(set(counted))
+
+
+@pytest.mark.parametrize("count", [1, Overflows.PORTION, 3 * Overflows.PORTION + 1])
+def test_the_kernel_is_asked_for_a_portion_of_many_ports_at_a_time(count: int) -> None:
+    """And for each of them once in a period, the first of which begins with the first port."""
+    loop, sockets = Loop(), [Counting() for _ in range(count)]
+    overflows = Overflows(loop.call_later)
+    for sock in sockets:
+        watched: Any = sock
+        overflows.watch(watched)
+
+    asked = []
+    while loop.now < 2 * Overflows.PERIOD:
+        before = sum(sock.asked for sock in sockets)
+        loop.goes_on()
+        asked.append(sum(sock.asked for sock in sockets) - before)
+
+    assert max(asked) <= Overflows.PORTION
+    assert min(sock.asked for sock in sockets) >= 1
+    assert len(asked) <= 1 + -(-count // Overflows.PORTION)
+    assert overflows.overflows() == sum(sock.asked for sock in sockets)
+
+
+def test_without_ports_the_loop_may_sleep() -> None:
+    loop, sock = Loop(), Counting()
+    overflows = Overflows(loop.call_later)
+    assert loop.callback is None
+    watched: Any = sock
+    overflows.watch(watched)
+    overflows.forget(watched)
+
+    loop.goes_on()
+
+    assert loop.callback is None
+    overflows.watch(watched)
+    assert loop.callback is not None
+
+
+def test_the_kernels_counter_may_begin_again() -> None:
+    loop, sock = Loop(), Counting(0xFFFF_FFFE)
+    watched: Any = sock
+    overflows = Overflows(loop.call_later)
+    overflows.watch(watched)
+    for _ in range(3):
+        loop.goes_on()
+
+    assert overflows.overflows() == 0x1_0000_0001
+
+
+class Time:
+    """A clock that stands still."""
+
+    now = 1000.0
+
+
+def opener_of(reactor: Reactor) -> PortOpener:
+    shared = Shared(memoryview(bytearray(65535)), pytest.fail, Offload(wanted=False))
+    return PortOpener(reactor, {socket.AF_INET: "127.0.0.1"}, shared)
+
+
+def sends(count: int, port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        for _ in range(count):
+            peer.sendto(bytes(1400), ("127.0.0.1", port))
+
+
+class Loop:
+    """Calls back when it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.callback: Callable[[], None] | None = None
+        self._delay = 0.0
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        self._delay, self.callback = delay, callback
+
+    def goes_on(self) -> None:
+        callback, self.callback = self.callback, None
+        assert callback is not None
+        self.now += self._delay
+        callback()
+
+
+class Counting:
+    """Stands in for a socket of which the kernel has one more overflow whenever it is asked."""
+
+    def __init__(self, overflows: int = 0) -> None:
+        self._overflows = overflows
+        self.asked = 0
+
+    def getsockopt(self, *_: int) -> bytes:
+        self.asked += 1
+        self._overflows = (self._overflows + 1) & 0xFFFF_FFFF
+        return struct.pack("9I", *[0] * 8, self._overflows)
 
 
 class Inbox:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Final
 
 from relay.net.addresses import WILDCARDS, local_addresses, outward_address
-from relay.net.buffers import log_buffers, set_buffers
+from relay.net.buffers import log_buffers, overflows_of, set_buffers
 from relay.net.offload import ControlMessage, SegmentSender
 from relay.net.udp import (
     Lost,
@@ -26,12 +26,8 @@ from relay.net.udp import (
 
 LISTEN_BUFFER: Final = 4 << 20  # bytes the kernel may queue for a listening socket
 
-# From <asm-generic/socket.h> and <linux/sock_diag.h>, as is the next one from <linux/in.h>; the
-# socket module lacks them.
-_SO_MEMINFO: Final = 55
+# From <asm-generic/socket.h> and <linux/in.h>; the socket module lacks them.
 _TIMESTAMPS: Final = (29, 35)  # SO_TIMESTAMP, SO_TIMESTAMPNS
-_MEMINFO: Final = struct.Struct("9I")
-_MEMINFO_DROPS: Final = 8  # SK_MEMINFO_DROPS
 _IP_PKTINFO: Final = 8
 _IPV6_PKTINFO: Final = socket.IPV6_PKTINFO
 
@@ -109,6 +105,7 @@ class ListeningSocket:
             self.reader.expect_segments()
         self.address: SocketAddress = sock.getsockname()
         self.sockets: list[ListeningSocket] = [self]  # what there is to read
+        self._last_overflows = 0  # once it is closed
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -124,14 +121,13 @@ class ListeningSocket:
 
     def close(self) -> None:
         """Give the port back to the system."""
+        self._last_overflows = self.overflows()
         with suppress(OSError):
             self._sock.close()
 
     def overflows(self) -> int:
-        """Return how many datagrams found the queue full since the socket was made."""
-        meminfo = self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
-        drops: int = _MEMINFO.unpack(meminfo)[_MEMINFO_DROPS]
-        return drops
+        """Return how many datagrams found the queue full, from when it was made to its closing."""
+        return self._last_overflows if self.fileno() < 0 else overflows_of(self._sock)
 
     def _make_reader(self, receiver: Receiver, local: bytes) -> UdpReader:
         return UdpReader(self._sock, self._shared, receiver, local=local)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from relay.net.buffers import BufferGiver, log_buffers, set_buffers
+from relay.net.buffers import BufferGiver, Overflows, log_buffers, set_buffers
 from relay.net.offload import SEGMENT_ROOM, Offload, SegmentSender, segment_size
 from relay.net.reactor import Reactor
 
@@ -305,18 +305,26 @@ class UdpReader:
 class PortSocket:
     """A socket that the reactor reads until it is closed."""
 
-    __slots__ = ("_lost", "_reactor", "_segments", "_sock", "reader")
+    __slots__ = ("_lost", "_overflows", "_reactor", "_segments", "_sock", "reader")
 
     def __init__(
-        self, sock: socket.socket, shared: Shared, receiver: Receiver, reactor: Reactor
+        self,
+        sock: socket.socket,
+        shared: Shared,
+        receiver: Receiver,
+        reactor: Reactor,
+        overflows: Overflows | None = None,
     ) -> None:
-        """Own *sock*, and have *reactor* read it."""
+        """Own *sock*, and have *reactor* read it. *overflows* counts what finds its queue full."""
         self._sock = sock
+        self._overflows = overflows
         self._lost = shared.lost
         self._segments = SegmentSender(sock, shared.offload)
         self._reactor = reactor
         self.reader = UdpReader(sock, shared, receiver)
         reactor.register(sock, self.reader.on_readable)
+        if overflows is not None:
+            overflows.watch(sock)
 
     def reach(self, address: SocketAddress) -> UdpDestination:
         """Return how to send to *address* from here."""
@@ -324,6 +332,8 @@ class PortSocket:
 
     def close(self) -> None:
         """Stop reading at once; the port is given back after the present batch of events."""
+        if self._overflows is not None:
+            self._overflows.forget(self._sock)
         self._reactor.retire(self._sock)
 
 
@@ -340,6 +350,7 @@ class PortOpener:
         self._shared = shared
         self._buffers = BufferGiver()
         self._logged_buffers = False
+        self.queues = Overflows(reactor.call_later)  # of all its ports
 
     def open(self, family: int, port: int, receiver: Receiver) -> PortSocket:
         """Bind a port; *receiver* takes what arrives there. Raises OSError."""
@@ -349,7 +360,7 @@ class PortOpener:
             self._logged_buffers = True
             log_buffers(sock, PORT_BUFFER, self._name)
         try:
-            return PortSocket(sock, self._shared, receiver, self._reactor)
+            return PortSocket(sock, self._shared, receiver, self._reactor, self.queues)
         except OSError:  # epoll has a limit of its own: fs.epoll.max_user_watches
             sock.close()
             raise

@@ -2,6 +2,9 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from typing import Final
+
+QUEUE_FULL: Final = "receive_queue_full"  # how datagrams count that came when a queue was full
 
 
 class Counters:
@@ -20,7 +23,8 @@ class Counters:
         self.to_client: defaultdict[int, int] = defaultdict(int)  # sent on to clients, by size
         # How often two or more datagrams were handed to the kernel at once, by how many.
         self.batches: defaultdict[int, int] = defaultdict(int)
-        # Datagrams neither relayed nor answered, by reason.
+        # Datagrams neither relayed nor answered, by reason. Those that found a queue full are not
+        # among them: the kernel counts them, and is asked when somebody wants to know.
         self.dropped: Counter[str] = Counter(dict.fromkeys(known_drops, 0))
         self.bugs = 0  # exceptions that a handler let through
 

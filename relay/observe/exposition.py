@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from relay.observe.counters import Counters
+from relay.observe.counters import QUEUE_FULL, Counters
 
 STUCK_AFTER: Final = 5.0  # seconds in one iteration of the loop
 
@@ -38,6 +38,7 @@ class Status:
     portal_reconnects: int
     responses: Mapping[tuple[str, str], int]  # by method and code, or "success"
     auth_failures: Mapping[str, int]  # by reason, the known ones from 0 on
+    overflows: int  # datagrams that found the queue of a socket full
     counters: Counters  # the reactor writes them meanwhile: read copies
 
     @property
@@ -73,7 +74,7 @@ class RelayCollector(Collector):
         yield from self._state(status)
         yield from self._portal(status)
         yield from self._requests(status)
-        yield from self._data(status.counters)
+        yield from self._data(status.counters, status.overflows)
 
     def _state(self, status: Status) -> Iterator[Metric]:
         build = GaugeMetricFamily(
@@ -144,7 +145,7 @@ class RelayCollector(Collector):
             status.auth_failures,
         )
 
-    def _data(self, counters: Counters) -> Iterator[Metric]:
+    def _data(self, counters: Counters, overflows: int) -> Iterator[Metric]:
         # Copying a dict of numbers is one step for the other threads. Batches go first: their
         # datagrams are then among those relayed.
         batches = dict(counters.batches)
@@ -165,7 +166,7 @@ class RelayCollector(Collector):
             "relay_dropped_packets_total",
             "Datagrams neither relayed nor answered, by reason. send_* and receive_* "
             "are the kernel's errors, the others are what the datagram was.",
-            dict(counters.dropped),
+            {**dict(counters.dropped), QUEUE_FULL: overflows},
         )
         sizes = [
             here + there

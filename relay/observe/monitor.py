@@ -3,12 +3,10 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
-from relay.observe.counters import Counters
+from relay.observe.counters import QUEUE_FULL, Counters
 from relay.observe.exposition import Status, total
-
-QUEUE_FULL: Final = "receive_queue_full"  # how datagrams count that came when a queue was full
 
 
 class Served(Protocol):
@@ -42,14 +40,17 @@ class Loop(Protocol):
 
 
 class Queue(Protocol):
-    """A socket's queue."""
+    """The queue of a socket, or those of many."""
 
     def overflows(self) -> int:
-        """Return how many datagrams found it full."""
+        """Return how many datagrams found it full. Safe in any thread."""
 
 
 class Monitor:
-    """Puts together what others count. :meth:`status` may be called from any thread."""
+    """Puts together what others count. :meth:`status` may be called from any thread.
+
+    So it changes nothing, here or elsewhere.
+    """
 
     def __init__(
         self,
@@ -79,7 +80,6 @@ class Monitor:
 
     def status(self) -> Status:
         """Return what the relay is at this moment."""
-        self._count_overflows()
         awake_since = self._loop.awake_since
         return Status(
             not_ready=self.not_ready,
@@ -92,8 +92,13 @@ class Monitor:
             portal_reconnects=self.portal_reconnects,
             responses=self._served.responses.copy(),
             auth_failures=self._auth_failures(),
+            overflows=self._overflows(),
             counters=self._counters,
         )
+
+    def dropped(self) -> dict[str, int]:
+        """Return how many datagrams were neither relayed nor answered, by reason."""
+        return {**dict(self._counters.dropped), QUEUE_FULL: self._overflows()}
 
     def line(self) -> str:
         """Say in one line how it goes, with the traffic since the line before."""
@@ -106,7 +111,6 @@ class Monitor:
 
     def summary(self) -> str:
         """Say everything there is to say."""
-        self._count_overflows()
         parts = [f"{self._state()}, up for {time.monotonic() - self._started:.0f} s"]
         for name, sizes in (
             ("client to peer", self._counters.to_peer),
@@ -116,7 +120,7 @@ class Monitor:
         responses = {" ".join(key): count for key, count in self._served.responses.items()}
         parts.append(f"responses: {listed(responses)}")
         parts.append(f"authentication failures: {listed(self._auth_failures())}")
-        parts.append(f"datagrams dropped: {listed(self._counters.dropped)}")
+        parts.append(f"datagrams dropped: {listed(self.dropped())}")
         if self.portal_connected is not None:
             parts.append(f"reconnects to the portal: {self.portal_reconnects}")
         parts.append(f"bugs: {self._counters.bugs}")
@@ -132,11 +136,8 @@ class Monitor:
             parts.append("portal connected" if self.portal_connected else "portal away")
         return ", ".join(parts)
 
-    def _count_overflows(self) -> None:
-        """Fetch what the kernel counts."""
-        overflows = sum(queue.overflows() for queue in self._queues)
-        if overflows:
-            self._counters.dropped[QUEUE_FULL] = overflows
+    def _overflows(self) -> int:
+        return sum(queue.overflows() for queue in self._queues)
 
     def _auth_failures(self) -> dict[str, int]:
         counted = {why.value: count for why, count in self._served.auth_failures.copy().items()}
