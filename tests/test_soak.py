@@ -81,6 +81,8 @@ def test_floods_of_every_kind_leave_nothing_behind(tmp_path: Path) -> None:
             f"--highest-port={PORTS[-1]}",
             # The descriptors of an undumpable process are shown to root only.
             f"--harden={'auto' if os.geteuid() == 0 else 'off'}",
+            # Only root can read the file again where pytest makes it.
+            *(("--user=root",) if os.geteuid() == 0 else ()),
             port=free_port(),
             variables={"FIREZONE_TOKEN": "token"},
             portal=True,
