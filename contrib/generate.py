@@ -172,6 +172,7 @@ def _metric_lines() -> Iterator[str]:
         portal_reconnects=0,
         responses={("method", "code"): 1},
         auth_failures={"reason": 0},
+        refused_peers={"rule": 0},
         overflows=0,
         counters=Counters(["reason"]),
     )

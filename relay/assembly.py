@@ -40,7 +40,7 @@ from relay.stun.address import family_of, format_endpoint
 from relay.stun.const import Family
 from relay.turn.auth import Authenticator, AuthFailure
 from relay.turn.commands import ClientAddress, Drop
-from relay.turn.peers import PeerPolicy
+from relay.turn.peers import RULES, PeerPolicy
 from relay.turn.server import Server
 from relay.turn.settings import Settings
 from relay.version import __version__
@@ -160,7 +160,14 @@ def assemble(
     if live is not None:
         live.on_change = partial(_on_change, port_hosts, on_addresses)
         reactor.register(live, live.on_readable)
-    monitor = Monitor(server, counters, reactor, [*listening, opener.queues], KNOWN_AUTH_FAILURES)
+    monitor = Monitor(
+        server,
+        counters,
+        reactor,
+        [*listening, opener.queues],
+        KNOWN_AUTH_FAILURES,
+        RULES,
+    )
     return Parts(
         reactor=reactor,
         mailbox=mailbox,

@@ -21,6 +21,7 @@ QUIET = Status(
     portal_reconnects=0,
     responses={},
     auth_failures={},
+    refused_peers={},
     overflows=0,
     counters=Counters(),
 )

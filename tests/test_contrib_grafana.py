@@ -17,6 +17,7 @@ from relay.assembly import KNOWN_AUTH_FAILURES, KNOWN_DROPS
 from relay.observe.counters import Counters
 from relay.observe.exposition import RelayCollector
 from relay.stun.const import ErrorCode, Method
+from relay.turn.peers import RULES
 from tests.probes import QUIET
 
 CONTRIB = Path(__file__).parent.parent / "contrib/grafana"
@@ -44,6 +45,7 @@ def exported() -> dict[str, Labels]:
         portal_connected=True,
         responses={(method.name.lower(), code): 1 for method in Method for code in codes},
         auth_failures=dict.fromkeys(KNOWN_AUTH_FAILURES, 0),
+        refused_peers=dict.fromkeys(RULES, 0),
         counters=counters,
     )
     registry = CollectorRegistry()

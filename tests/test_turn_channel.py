@@ -183,12 +183,42 @@ def test_refused_peers_are_counted_and_logged_once_a_minute_for_each_rule(
     for number in range(100):
         alice.tries_to_bind(0x4000, ("10.0.0.1", 9000 + number))
     alice.tries_to_bind(0x4000, ("192.168.0.1", 9000))
+    assert len(caplog.records) == 1
+    alice.tries_to_bind(0x4000, ("127.0.0.1", 9000))
     assert len(caplog.records) == 2
 
     relay.passes(seconds=60)
     alice.tries_to_bind(0x4000, ("10.0.0.1", 9000))
     assert len(caplog.records) == 3
-    assert sorted(relay.server.refused_peers.values()) == [1, 101]
+    assert "(private, 102 so far)" in caplog.text
+    assert relay.server.refused_peers == {"private": 102, "loopback": 1}
+
+
+def test_where_refusals_are_to_be_ignored_a_forbidden_peer_is_a_success_without_effect() -> None:
+    """Firezone's client answers 403 by binding again for every datagram that it has."""
+    relay = Scenario(ignores_refused_peers=True)
+    alice = relay.client("192.0.2.10:5000").allocates()
+    alice.binds(0x4000, ("10.0.0.1", 9000))
+
+    assert relay.server.refused_peers == {"private": 1}
+    assert relay.server.channels == 0
+    alice.sends_data(0x4000, b"to nobody")
+    assert relay.sent() == []
+    assert relay.dropped() == {"unbound_channel": 1}
+    alice.binds(0x4000, relay.peer("198.51.100.7:9000"))
+    assert alice.tries_to_bind(0x4000, ("10.0.0.1", 9000)).code == 400, "the number is taken"
+
+
+def test_an_allocation_may_have_so_many_channels() -> None:
+    relay = Scenario(max_channels_per_allocation=2)
+    alice = relay.client("192.0.2.10:5000").allocates(lifetime=3600)
+    alice.binds(0x4000, ("198.51.100.7", 9000)).binds(0x4001, ("198.51.100.7", 9001))
+
+    assert alice.tries_to_bind(0x4002, ("198.51.100.7", 9002)).code == 508
+    alice.binds(0x4001, ("198.51.100.7", 9001))
+    relay.client("192.0.2.11:5000").allocates().binds(0x4000, ("198.51.100.7", 9000))
+    relay.passes(seconds=900)
+    alice.binds(0x4002, ("198.51.100.7", 9002))
 
 
 def test_operators_may_open_and_close_what_they_like() -> None:

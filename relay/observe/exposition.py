@@ -38,6 +38,7 @@ class Status:
     portal_reconnects: int
     responses: Mapping[tuple[str, str], int]  # by method and code, or "success"
     auth_failures: Mapping[str, int]  # by reason, the known ones from 0 on
+    refused_peers: Mapping[str, int]  # by rule, likewise
     overflows: int  # datagrams that found the queue of a socket full
     counters: Counters  # the reactor writes them meanwhile: read copies
 
@@ -139,10 +140,18 @@ class RelayCollector(Collector):
         for (method, code), count in sorted(status.responses.items()):
             responses.add_metric((method, code), count)
         yield responses
-        yield _by_reason(
+        yield _by(
+            "reason",
             "relay_auth_failures_total",
             "Requests refused for their credentials or their nonce, by reason.",
             status.auth_failures,
+        )
+        yield _by(
+            "rule",
+            "relay_refused_peers_total",
+            "Peers that clients asked for and may not reach, by the rule that forbids them. ICE "
+            "offers private addresses in every session, so some are normal.",
+            status.refused_peers,
         )
 
     def _data(self, counters: Counters, overflows: int) -> Iterator[Metric]:
@@ -156,13 +165,15 @@ class RelayCollector(Collector):
         }
         payload = {"client_to_peer": total(to_peer), "peer_to_client": total(to_client)}
         relayed = sum(datagrams.values())
-        yield _by_direction(
+        yield _by(
+            "direction",
             "relay_relayed_bytes_total",
             "Payload relayed, in bytes, without the headers of ChannelData, UDP and IP.",
             payload,
         )
-        yield _by_direction("relay_relayed_packets_total", "Datagrams relayed.", datagrams)
-        yield _by_reason(
+        yield _by("direction", "relay_relayed_packets_total", "Datagrams relayed.", datagrams)
+        yield _by(
+            "reason",
             "relay_dropped_packets_total",
             "Datagrams neither relayed nor answered, by reason. send_* and receive_* "
             "are the kernel's errors, the others are what the datagram was.",
@@ -191,17 +202,10 @@ class RelayCollector(Collector):
         )
 
 
-def _by_reason(name: str, documentation: str, counts: Mapping[str, int]) -> Metric:
-    family = CounterMetricFamily(name, documentation, labels=("reason",))
-    for reason, count in sorted(counts.items()):
-        family.add_metric((reason,), count)
-    return family
-
-
-def _by_direction(name: str, documentation: str, counts: Mapping[str, int]) -> Metric:
-    family = CounterMetricFamily(name, documentation, labels=("direction",))
-    for direction, count in counts.items():
-        family.add_metric((direction,), count)
+def _by(label: str, name: str, documentation: str, counts: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(name, documentation, labels=(label,))
+    for value, count in sorted(counts.items()):
+        family.add_metric((value,), count)
     return family
 
 

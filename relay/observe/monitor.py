@@ -28,6 +28,10 @@ class Served(Protocol):
     def auth_failures(self) -> Counter[Any]:
         """How many signed requests were not believed, by an enumeration of reasons."""
 
+    @property
+    def refused_peers(self) -> Counter[str]:
+        """How often a peer was refused, by the rule that forbids it."""
+
 
 class Loop(Protocol):
     """The numbers of the event loop."""
@@ -59,6 +63,7 @@ class Monitor:
         loop: Loop,
         queues: Iterable[Queue],
         known_auth_failures: Iterable[str] = (),
+        known_peer_rules: Iterable[str] = (),
     ) -> None:
         """Watch these from here on; report the known reasons before they are counted."""
         self.not_ready: str | None = "starting"
@@ -69,6 +74,7 @@ class Monitor:
         self._loop = loop
         self._queues = tuple(queues)
         self._no_auth_failures = dict.fromkeys(known_auth_failures, 0)
+        self._no_refused_peers = dict.fromkeys(known_peer_rules, 0)
         self._started = time.monotonic()
         self._last_line = (self._started, 0)  # when, and how many bytes were relayed until then
 
@@ -92,6 +98,7 @@ class Monitor:
             portal_reconnects=self.portal_reconnects,
             responses=self._served.responses.copy(),
             auth_failures=self._auth_failures(),
+            refused_peers={**self._no_refused_peers, **self._served.refused_peers.copy()},
             overflows=self._overflows(),
             counters=self._counters,
         )
@@ -120,6 +127,7 @@ class Monitor:
         responses = {" ".join(key): count for key, count in self._served.responses.items()}
         parts.append(f"responses: {listed(responses)}")
         parts.append(f"authentication failures: {listed(self._auth_failures())}")
+        parts.append(f"peers refused: {listed(self._served.refused_peers)}")
         parts.append(f"datagrams dropped: {listed(self.dropped())}")
         if self.portal_connected is not None:
             parts.append(f"reconnects to the portal: {self.portal_reconnects}")

@@ -29,7 +29,7 @@ class ChannelHandler:
         # Against rules about peers that have changed:
         self._unchecked: list[Channel] = []
         self._unchecked_allocations: list[Allocation] = []
-        self.refused: Counter[str] = Counter()  # how often a rule about peers refused one
+        self.refused: Counter[str] = Counter()  # peers, by the rule that refused them
         self._logged: dict[str, float] = {}  # when, by rule, in monotonic seconds
 
     def create_permission(self, request: Request) -> None:
@@ -46,9 +46,9 @@ class ChannelHandler:
             # A permission is for a host: its port does not count. Of what this relay lends out any
             # may be meant, so the answer does not tell which ports are lent.
             if host != self._state.settings.public_hosts[family_of(host)]:
-                rule = self._state.peer_policy.refusal((host, ANY_PORT))
-                if rule is not None:
-                    self._refuse(rule, (host, ANY_PORT), request.now)
+                refusal = self._state.peer_policy.refusal((host, ANY_PORT))
+                if refusal is not None:
+                    self._refuse(refusal, host, request.now)
         self._state.answers.success(request, [], key=request.key)
 
     def channel_bind(self, request: Request) -> None:
@@ -69,9 +69,9 @@ class ChannelHandler:
             raise Refused(ErrorCode.BAD_REQUEST, f"peer is on channel {by_peer.number:#06x}")
         if by_number is not None and by_number.peer != peer:
             raise Refused(ErrorCode.BAD_REQUEST, f"channel {number:#06x} has another peer")
-        reaches_outside, rule = self._reach(peer)
-        if rule is not None and reaches_outside is None:
-            self._refuse(rule, peer, request.now)
+        reaches_outside, refusal = self._reach(peer)
+        if refusal is not None and reaches_outside is None:
+            self._refuse(refusal, format_endpoint(*peer), request.now)
         else:
             if by_number is None:
                 self._require_room(allocation)
@@ -116,18 +116,19 @@ class ChannelHandler:
             return True, None
         return (False if self._state.is_relayed_here(peer) else None), rule
 
-    def _refuse(self, rule: str, peer: Address, now: float) -> None:
-        """Count a peer that *rule* forbids, and refuse it, unless refusals are to be ignored.
+    def _refuse(self, refusal: Refusal, peer: str, now: float) -> None:
+        """Count a peer that is forbidden, and refuse it, unless refusals are to be ignored.
 
         Then the client hears "success", and nothing is relayed: Firezone's client offers private
         addresses in every connection, and answers 403 by binding again for every datagram it has.
         """
+        rule = refusal.rule
         self.refused[rule] += 1
         if self._logged.get(rule, -LOGGED_AGAIN_AFTER) + LOGGED_AGAIN_AFTER <= now:
             self._logged[rule] = now
-            logger.info("peer refused: %s (so far %d for this reason)", rule, self.refused[rule])
+            logger.info("peer refused: %s (%s, %d so far)", refusal, rule, self.refused[rule])
         if not self._state.settings.ignores_refused_peers:
-            raise Refused(ErrorCode.FORBIDDEN, f"{format_endpoint(*peer)}: {rule}")
+            raise Refused(ErrorCode.FORBIDDEN, f"{peer}: {refusal}")
 
     def _require_room(self, allocation: Allocation) -> None:
         """Refuse (508) one channel more than an allocation, or this relay, may have."""
