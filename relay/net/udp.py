@@ -35,9 +35,8 @@ _UP_TO_BUDGET: Final = range(READ_BUDGET)
 # Bytes the kernel may queue for each port. All UDP sockets of a host share its memory for UDP
 # (net.ipv4.udp_mem, a sixth of all by default), and when that is full everyone's datagrams are
 # dropped. Whoever sends junk to many ports faster than it is read fills so many queues, so they
-# are no longer than a burst of a hundred large datagrams, 10 ms at 100 Mbit/s. Nor does a port
-# need the kernel's limits raised for that.
-PORT_BUFFER: Final = 128 << 10
+# are no longer than a burst of two hundred large datagrams.
+PORT_BUFFER: Final = 256 << 10
 
 _IP_MTU_DISCOVER: Final = 10  # <linux/in.h>; the socket module lacks them
 _IPV6_MTU_DISCOVER: Final = 23  # <linux/in6.h>

@@ -64,15 +64,16 @@ class ChannelHandler:
             raise Refused(ErrorCode.BAD_REQUEST, "no CHANNEL-NUMBER or no XOR-PEER-ADDRESS")
         peer = PeerAddress(address)
         _require_family(allocation, peer[0])
+        reaches_outside, refusal = self._reach(peer)
+        is_refused = refusal is not None and reaches_outside is None
+        if refusal is not None and is_refused:
+            self._refuse(refusal, format_endpoint(*peer), request.now)
         by_peer, by_number = allocation.channels_by_peer.get(peer), allocation.channels.get(number)
         if by_peer is not None and by_peer.number != number:
             raise Refused(ErrorCode.BAD_REQUEST, f"peer is on channel {by_peer.number:#06x}")
         if by_number is not None and by_number.peer != peer:
             raise Refused(ErrorCode.BAD_REQUEST, f"channel {number:#06x} has another peer")
-        reaches_outside, refusal = self._reach(peer)
-        if refusal is not None and reaches_outside is None:
-            self._refuse(refusal, format_endpoint(*peer), request.now)
-        else:
+        if not is_refused:
             if by_number is None:
                 self._require_room(allocation)
             outside = reaches_outside is True
