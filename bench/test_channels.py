@@ -101,11 +101,11 @@ class Nothing:
         """Return itself."""
         return self
 
-    def send(self, datagram: memoryview | bytes) -> bool:  # noqa: ARG002
+    def send(self, datagram: memoryview | bytes, tos: int = 0) -> bool:  # noqa: ARG002
         """Do nothing."""
         return True
 
-    def send_many(self, pieces: Pieces, each: int, size: int) -> int:  # noqa: ARG002
+    def send_many(self, pieces: Pieces, each: int, size: int, tos: int = 0) -> int:  # noqa: ARG002
         """Do nothing."""
         return len(pieces) // each
 

@@ -139,11 +139,11 @@ class Ends:
         except BlockingIOError:
             pass
 
-    def on_datagram(self, _size: int, _source: object) -> None:
+    def on_datagram(self, _size: int, _source: object, _tos: int = 0) -> None:
         """Note a single datagram."""
         self.reads.add(1)
 
-    def on_segments(self, size: int, segment: int, _source: object) -> int:
+    def on_segments(self, size: int, segment: int, _source: object, _tos: int = 0) -> int:
         """Note how many came at once."""
         self.reads.add(size // segment)
         return 0

@@ -139,7 +139,7 @@ def assemble(
         now=reactor.clock(),
     )
     _check_descriptors(config, max_sockets, descriptors)
-    for_ports = Shared(workspace.for_peers, counters.lost, offload)
+    for_ports = Shared(workspace.for_peers, counters.lost, offload, config.copy_tos)
     opener = PortOpener(reactor, port_hosts.current, for_ports, "each relay port")
     datapath = DataPath(
         server,
@@ -244,7 +244,7 @@ def _listeners(
         handed_over = inherited_listeners(config.listen_port)
     except systemd.ActivationError as error:
         raise ConfigError(f"systemd: {error}") from error
-    shared = Shared(workspace.view, workspace.counters.lost, offload)
+    shared = Shared(workspace.view, workspace.counters.lost, offload, config.copy_tos)
     receiver = NotServing(workspace)
     listeners: dict[Family, ListeningSocket] = {}
     for family in [family for family in config.bind_hosts if family in handed_over]:

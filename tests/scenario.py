@@ -139,39 +139,41 @@ class Scenario:
         dropped, self.counters.dropped = dict(self.counters.dropped), Counter()
         return dropped
 
-    def receives_from_client(self, datagram: bytes, client: ClientAddress) -> None:
-        self.serves(datagram, client)
+    def receives_from_client(self, datagram: bytes, client: ClientAddress, tos: int = 0) -> None:
+        self.serves(datagram, client, tos)
         self.server.check()
 
-    def serves(self, datagram: bytes, client: ClientAddress) -> None:
+    def serves(self, datagram: bytes, client: ClientAddress, tos: int = 0) -> None:
         """Receive a datagram, and nothing more: what this takes is the relay's work."""
         self._buffer[: len(datagram)] = datagram
-        self.datapath.clients.on_datagram(len(datagram), client)
+        self.datapath.clients.on_datagram(len(datagram), client, tos)
 
     def receives_segments_from_client(
-        self, segments: bytes, segment: int, client: ClientAddress
+        self, segments: bytes, segment: int, client: ClientAddress, tos: int = 0
     ) -> None:
         """Receive datagrams of *segment* bytes, the last perhaps shorter, in one read."""
         self._buffer[: len(segments)] = segments
-        self.datapath.clients.on_segments(len(segments), segment, client)
+        self.datapath.clients.on_segments(len(segments), segment, client, tos)
         self.server.check()
 
     def receives_segments_from_peer(
-        self, segments: bytes, segment: int, peer: PeerAddress, to: Address
+        self, segments: bytes, segment: int, peer: PeerAddress, to: Address, tos: int = 0
     ) -> None:
         host, port = to
         sock = self.network.sockets.get((family_of(host), port))
         if sock is not None:
             self._buffer[HEADER_SIZE : HEADER_SIZE + len(segments)] = segments
-            sock.receiver.on_segments(len(segments), segment, peer)
+            sock.receiver.on_segments(len(segments), segment, peer, tos)
 
-    def receives_from_peer(self, datagram: bytes, peer: PeerAddress, to: Address) -> None:
+    def receives_from_peer(
+        self, datagram: bytes, peer: PeerAddress, to: Address, tos: int = 0
+    ) -> None:
         host, port = to
         assert host in self.public_hosts.values()
         sock = self.network.sockets.get((family_of(host), port))
         if sock is not None:  # else the kernel has nobody to give it to
             self._buffer[HEADER_SIZE : HEADER_SIZE + len(datagram)] = datagram
-            sock.receiver.on_datagram(len(datagram), peer)
+            sock.receiver.on_datagram(len(datagram), peer, tos)
 
     def drain(self) -> None:
         self.server.drain()
@@ -399,6 +401,7 @@ class Network:
 
     def __init__(self) -> None:
         self.sent: list[ToClient | ToPeer] = []
+        self.tos: list[int] = []  # the octet of DSCP and ECN of each datagram that was sent
         self.sockets: dict[tuple[Family, int], FakeSocket] = {}
         self.tried: list[int] = []  # every port that was to be opened, in order
         self.opened: list[int] = []  # those of them that could be
@@ -451,13 +454,14 @@ class FakeDestination:
         self._network = network
         self._arrive = arrive
 
-    def send(self, datagram: memoryview | bytes) -> bool:
+    def send(self, datagram: memoryview | bytes, tos: int = 0) -> bool:
         if self._network.is_full:
             return False
+        self._network.tos.append(tos)
         self._network.sent.append(self._arrive(bytes(datagram)))
         return True
 
-    def send_many(self, pieces: Pieces, each: int, size: int) -> int:
+    def send_many(self, pieces: Pieces, each: int, size: int, tos: int = 0) -> int:
         """Cut as UDP_SEGMENT does: it knows nothing of pieces."""
         network = self._network
         if network.is_full or network.takes == 0:
@@ -468,6 +472,7 @@ class FakeDestination:
         del datagrams[network.takes :]
         network.at_once.append(len(datagrams))
         network.sent += map(self._arrive, datagrams)
+        network.tos += [tos] * len(datagrams)
         return len(datagrams)
 
 

@@ -65,6 +65,7 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     "unauthenticated-rate-per-prefix": (("0", 0), ("50", 50)),
     "channel-range": (("rfc5766", RFC5766_NUMBERS), ("rfc8656", RFC8656_NUMBERS)),
     "offload": (("off", False), ("auto", True)),
+    "copy-tos": (("off", "off"), ("on", "on")),
     "log-format": (("json", "json"), ("human", "human")),
     "log-level": (
         ("debug", {"": 10}),
@@ -104,6 +105,7 @@ BAD: Final = {
     "unauthenticated-rate-per-prefix": "1.5",
     "channel-range": "rfc3489",
     "offload": "always",
+    "copy-tos": "0x28",
     "log-format": "xml",
     "log-level": "loud",
     "http-addr": "::1:8080",
@@ -168,6 +170,7 @@ def test_what_is_not_given_has_its_default() -> None:
     assert config.harden == "auto"
     assert config.channel_numbers == range(0x4000, 0x5000)
     assert config.offload is True
+    assert config.copy_tos == "auto"
     assert config.drain_timeout == 30
     assert config.software is None
     assert config.rng_seed is None

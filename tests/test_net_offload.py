@@ -61,10 +61,10 @@ class Receiver:
             reads += self.reads_once()
         return reads
 
-    def on_datagram(self, size: int, source: Any) -> None:
+    def on_datagram(self, size: int, source: Any, _tos: int = 0) -> None:
         self._take([bytes(self._buffer[:size])], source)
 
-    def on_segments(self, size: int, segment: int, source: Any) -> int:
+    def on_segments(self, size: int, segment: int, source: Any, _tos: int = 0) -> int:
         assert segment < size
         self._take(
             [bytes(self._buffer[at:size][:segment]) for at in range(0, size, segment)], source
@@ -449,7 +449,7 @@ class SegmentsOnly:
     def on_datagram(self, *_: object) -> None:
         pytest.fail("a datagram")
 
-    def on_segments(self, size: int, segment: int, _client: object) -> int:
+    def on_segments(self, size: int, segment: int, _client: object, _tos: int = 0) -> int:
         self.reads.append((size, segment))
         return 0
 

@@ -62,7 +62,7 @@ class Inbox:
         self._outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._outside.connect(self.sock.getsockname())
 
-    def on_datagram(self, size: int, _source: object) -> None:
+    def on_datagram(self, size: int, _source: object, _tos: int = 0) -> None:
         self.received.append(bytes(self._buffer[:size]))
 
     def on_segments(self, *_: object) -> int:
@@ -157,7 +157,7 @@ def test_a_listening_socket_gets_half_of_all_reads_in_an_overload(reactor: React
     received: list[int] = []
 
     class Listener:
-        def on_datagram(self, _size: int, _source: object) -> None:
+        def on_datagram(self, _size: int, _source: object, _tos: int = 0) -> None:
             received.append(1)
 
         def on_segments(self, *_: object) -> int:

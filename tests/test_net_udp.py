@@ -234,7 +234,7 @@ class Inbox:
     def __init__(self) -> None:
         self.sources: list[Any] = []
 
-    def on_datagram(self, _size: int, source: Any) -> None:
+    def on_datagram(self, _size: int, source: Any, _tos: int = 0) -> None:
         self.sources.append(source)
 
     def on_segments(self, *_: object) -> int:

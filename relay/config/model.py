@@ -1,7 +1,7 @@
 """``Config``: what the operator wants, checked once when it is built, trusted afterwards."""
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 from relay.stun.address import Address, format_endpoint
 from relay.stun.const import Family
@@ -63,6 +63,7 @@ class Config:
     harden: str
     user: str | None  # whom root becomes; None: an unprivileged one
     offload: bool  # GRO and GSO, where the kernel has them
+    copy_tos: Literal["auto", "on", "off"]  # DSCP and ECN
     drain_timeout: int  # seconds
     software: str | None
     rng_seed: int | None

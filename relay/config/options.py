@@ -378,6 +378,17 @@ OPTIONS: Final = (
         field="offload",
     ),
     Option(
+        "copy-tos",
+        "COPY_TOS",
+        choice(auto="auto", on="on", off="off"),
+        "on: relay each datagram with the DSCP and ECN that it came with; auto: where there are "
+        "any; off: with none",
+        SPECIAL,
+        default="auto",
+        metavar="WHEN",
+        field="copy_tos",
+    ),
+    Option(
         "software",
         "SOFTWARE",
         software,

@@ -42,32 +42,32 @@ class ClientSide:
         self._on_request = on_request
         self._last_channel_byte = channel_numbers[-1] >> 8
 
-    def on_datagram(self, size: int, client: ClientAddress) -> None:
+    def on_datagram(self, size: int, client: ClientAddress, tos: int = 0) -> None:
         """Serve a datagram of *size* bytes."""
         if size >= HEADER_SIZE:
             number, length = _unpack_from(self._buffer)
             peer = self._to_peer.get((client, number))
             if peer is not None and length + HEADER_SIZE <= size:
-                if peer.send(self._payloads[length]):
+                if peer.send(self._payloads[length], tos):
                     self._sizes[length] += 1
                 return
         self._on_other(size, client)
 
-    def on_segments(self, size: int, segment: int, client: ClientAddress) -> int:
+    def on_segments(self, size: int, segment: int, client: ClientAddress, tos: int = 0) -> int:
         """Serve datagrams that lie end to end, *size* bytes in all.
 
         Each is of *segment* bytes; the last may be shorter. Returns how many of them had to be
         handled singly.
         """
-        relayed = self._relay_many(size, segment, client)
+        relayed = self._relay_many(size, segment, client, tos)
         left = range(relayed * segment, size, segment)
         for start in left:
             datagram = self._view[start : min(start + segment, size)]
             self._view[: len(datagram)] = datagram
-            self.on_datagram(len(datagram), client)
+            self.on_datagram(len(datagram), client, tos)
         return len(left)
 
-    def _relay_many(self, size: int, segment: int, client: ClientAddress) -> int:
+    def _relay_many(self, size: int, segment: int, client: ClientAddress, tos: int) -> int:
         """Relay segments that are alike; return how many of them were, from the first on.
 
         They are alike if each is ChannelData of one channel and length.
@@ -89,7 +89,7 @@ class ClientSide:
         last = parse(view[whole:], size - whole)
         if last is not None and last[0] == number and 0 < last[1] <= length:
             payloads.append(view[whole + HEADER_SIZE : whole + HEADER_SIZE + last[1]])
-        sent = peer.send_many(payloads, 1, length)
+        sent = peer.send_many(payloads, 1, length, tos)
         self._workspace.count_many(self._sizes, sent, payloads, length)
         return sent
 
@@ -125,11 +125,11 @@ class NotServing:
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
 
-    def on_datagram(self, _size: int, _client: ClientAddress) -> None:
+    def on_datagram(self, _size: int, _client: ClientAddress, _tos: int = 0) -> None:
         """Drop a datagram."""
         self._workspace.drop(Drop.NOT_SERVING)
 
-    def on_segments(self, size: int, segment: int, _client: ClientAddress) -> int:
+    def on_segments(self, size: int, segment: int, _client: ClientAddress, _tos: int = 0) -> int:
         """Drop datagrams of *segment* bytes, *size* bytes in all."""
         self._workspace.counters.dropped[Drop.NOT_SERVING.value] += -(-size // segment)
         return 0

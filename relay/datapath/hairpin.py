@@ -34,21 +34,21 @@ class Hairpin:
         self._relayed_address = relayed_address
         self._outside = outside
 
-    def send(self, datagram: memoryview | bytes) -> bool:
+    def send(self, datagram: memoryview | bytes, tos: int = 0) -> bool:
         """Hand a datagram to the other allocation; see :meth:`Destination.send`."""
         port = self._ports.at(self._peer)
         if port is not None:
-            return port.relay(datagram, self._relayed_address)
+            return port.relay(datagram, self._relayed_address, tos)
         if self._outside is not None:
-            return self._outside.send(datagram)
+            return self._outside.send(datagram, tos)
         self._workspace.drop(Drop.PEER_IS_GONE)
         return False
 
-    def send_many(self, pieces: Pieces, each: int, size: int) -> int:
+    def send_many(self, pieces: Pieces, each: int, size: int, tos: int = 0) -> int:
         """Do the same with many; what is not relayed of them is left to be sent one by one."""
         port = self._ports.at(self._peer)
         if port is not None:
             if each > 1:
                 pieces = [b"".join(pieces[at : at + each]) for at in range(0, len(pieces), each)]
-            return port.relay_many(pieces, size, self._relayed_address)
-        return 0 if self._outside is None else self._outside.send_many(pieces, each, size)
+            return port.relay_many(pieces, size, self._relayed_address, tos)
+        return 0 if self._outside is None else self._outside.send_many(pieces, each, size, tos)

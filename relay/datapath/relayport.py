@@ -81,7 +81,7 @@ class RelayPort:
         """Relay nothing from *peer* any more."""
         del self._routes[peer]
 
-    def on_datagram(self, size: int, peer: PeerAddress) -> bool:
+    def on_datagram(self, size: int, peer: PeerAddress, tos: int = 0) -> bool:
         """Relay a datagram whose *size* bytes lie in the buffer, behind room for the header.
 
         Returns whether it was relayed.
@@ -91,12 +91,12 @@ class RelayPort:
             self._workspace.drop(Drop.UNBOUND_PEER)
             return False
         _pack_into(self._buffer, 0, number, size)
-        if self._client.send(self._framed[HEADER_SIZE + size]):
+        if self._client.send(self._framed[HEADER_SIZE + size], tos):
             self._sizes[size] += 1
             return True
         return False
 
-    def on_segments(self, size: int, segment: int, peer: PeerAddress) -> int:
+    def on_segments(self, size: int, segment: int, peer: PeerAddress, tos: int = 0) -> int:
         """Relay datagrams whose *size* bytes lie in the buffer, behind room for one header.
 
         Each is of *segment* bytes; the last may be shorter. Returns how many of them had to be
@@ -104,18 +104,18 @@ class RelayPort:
         """
         all_of_it = self._workspace.for_peers[:size]
         payloads: Pieces = [all_of_it[at : at + segment] for at in range(0, size, segment)]
-        relayed = self.relay_many(payloads, segment, peer)
+        relayed = self.relay_many(payloads, segment, peer, tos)
         for payload in payloads[relayed:]:
-            self.relay(payload, peer)
+            self.relay(payload, peer, tos)
         return len(payloads) - relayed
 
-    def relay(self, payload: memoryview | bytes, peer: PeerAddress) -> bool:
+    def relay(self, payload: memoryview | bytes, peer: PeerAddress, tos: int) -> bool:
         """Relay a payload that may lie anywhere; return whether it was relayed."""
         size = len(payload)
         self._workspace.for_peers[:size] = payload
-        return self.on_datagram(size, peer)
+        return self.on_datagram(size, peer, tos)
 
-    def relay_many(self, payloads: Pieces, size: int, peer: PeerAddress) -> int:
+    def relay_many(self, payloads: Pieces, size: int, peer: PeerAddress, tos: int) -> int:
         """Relay payloads of *size* bytes at once; the last may be shorter, none is empty.
 
         Returns how many were relayed, from the first on.
@@ -126,7 +126,7 @@ class RelayPort:
         pieces: Pieces = [_pack(number, size)] * (2 * len(payloads))
         pieces[1::2] = payloads
         pieces[-2] = _pack(number, len(payloads[-1]))
-        sent = self._client.send_many(pieces, 2, HEADER_SIZE + size)
+        sent = self._client.send_many(pieces, 2, HEADER_SIZE + size, tos)
         self._workspace.count_many(self._sizes, sent, payloads, size)
         return sent
 

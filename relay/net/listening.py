@@ -13,6 +13,7 @@ from typing import Final
 from relay.net.addresses import WILDCARDS, local_addresses, outward_address
 from relay.net.buffers import log_buffers, overflows_of, set_buffers
 from relay.net.offload import ControlMessage, SegmentSender
+from relay.net.tos import report_tos
 from relay.net.udp import (
     Lost,
     Receiver,
@@ -73,6 +74,7 @@ def adopt(sock: socket.socket, shared: Shared, receiver: Receiver) -> "Listening
     sock.setblocking(False)
     for timestamp in _TIMESTAMPS:  # they would take the room of what has to be read
         sock.setsockopt(socket.SOL_SOCKET, timestamp, 0)
+    report_tos(sock, wanted=False)  # unless we want it, too
     never_set_df(sock)
     set_buffers(sock, LISTEN_BUFFER)
     # No sockets per address: they would be without its device, its mark and the rest, and would
@@ -154,9 +156,6 @@ class WildcardSocket(ListeningSocket):
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         else:
             sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-        shared.offload.enable_gro(
-            sock
-        )  # as it costs nothing here: the control messages are read anyway
 
     def bind_per_address(
         self, hosts: Iterable[str], receiver: Receiver, preferred: Container[str | None] = ()
@@ -222,7 +221,7 @@ class WildcardSocket(ListeningSocket):
 class _SourcedDestination(UdpDestination):
     """One to which *control* goes with each datagram: the address of ours to send it from."""
 
-    __slots__ = ("_control", "_sendmsg")
+    __slots__ = ("_control",)
 
     def __init__(
         self,
@@ -234,14 +233,17 @@ class _SourcedDestination(UdpDestination):
     ) -> None:
         super().__init__(sock, segments, address, lost)
         self._control = control
-        self._sendmsg = sock.sendmsg
 
-    def send(self, datagram: memoryview | bytes) -> bool:
+    def send(self, datagram: memoryview | bytes, tos: int = 0) -> bool:
+        control = self._control + self._marks[tos]
         try:
-            self._sendmsg((datagram,), self._control, 0, self._address)
+            self._sock.sendmsg((datagram,), control, 0, self._address)
         except OSError as error:
             return self._count_loss(error)
         return True
 
-    def send_many(self, pieces: list[memoryview | bytes], each: int, size: int) -> int:
-        return self._segments.send(pieces, each, size, self._address, self._control)
+    def send_many(
+        self, pieces: list[memoryview | bytes], each: int, size: int, tos: int = 0
+    ) -> int:
+        control = self._control + self._marks[tos]
+        return self._segments.send(pieces, each, size, self._address, control)
