@@ -101,6 +101,9 @@ class Nothing:
         """Return itself."""
         return self
 
+    def look_for_marks(self) -> None:
+        """Do nothing."""
+
     def send(self, datagram: memoryview | bytes, tos: int = 0) -> bool:  # noqa: ARG002
         """Do nothing."""
         return True

@@ -39,7 +39,7 @@ from relay.portal.phoenix import PortalEvent
 from relay.stun.address import family_of, format_endpoint
 from relay.stun.const import Family
 from relay.turn.auth import Authenticator, AuthFailure
-from relay.turn.commands import ClientAddress, Drop
+from relay.turn.commands import BindChannel, ClientAddress, Drop, UnbindChannel
 from relay.turn.peers import RULES, PeerPolicy
 from relay.turn.server import Server
 from relay.turn.settings import Settings
@@ -153,6 +153,7 @@ def assemble(
         unix_clock=time.time,
         is_relay_host=lambda host: port_hosts.are_sources_of(family_of(host), host),
     )
+    datapath.routes.watchers.append(_MarkWatcher(listeners))
     for sock in listening:
         reactor.register(sock, sock.reader.on_readable, comes_first=True)
     reactor.register(mailbox, mailbox.deliver, comes_first=True)
@@ -281,6 +282,20 @@ def _cannot_listen(host: str, port: int, error: OSError) -> DaemonError:
             )
         case _:
             return DaemonError(os.EX_OSERR, problem)
+
+
+class _MarkWatcher:
+    """Has the sockets for clients look for DSCP and ECN whenever a channel is bound."""
+
+    def __init__(self, listeners: dict[Family, ListeningSocket]) -> None:
+        self._listeners = listeners
+
+    def bound(self, bind: BindChannel) -> None:
+        """Expect data from a client."""
+        self._listeners[family_of(bind.client[0][0])].look_for_marks()
+
+    def unbinding(self, unbind: UnbindChannel) -> None:
+        """Expect nothing."""
 
 
 def _reach_client(listeners: dict[Family, ListeningSocket], client: ClientAddress) -> Destination:

@@ -439,6 +439,9 @@ class FakeSocket:
         assert family_of(peer[0]) is self._family
         return FakeDestination(self._network, partial(self._to_peer, peer))
 
+    def look_for_marks(self) -> None:
+        pass
+
     def close(self) -> None:
         assert self._network.sockets.pop((self._family, self._port)) is self
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from relay.net.tos import report_tos
-from relay.net.udp import MAX_SINGLE_READS
+from relay.net.udp import LOOKS
 from relay.stun.const import Family, Kind, Method
 from relay.stun.message import Message
 from relay.turn.channeldata import HEADER
@@ -45,7 +45,6 @@ def test_what_is_relayed_keeps_its_octet(
     """The flow is ECN-capable, as a tunnel's is; then a router on the way marks one."""
     with ExitStack() as stack:
         ends = Ends(relay, *families, stack)
-        ends.have_sent_marks()
         for octet in (ECT_0, ECT_0, EF | CE, ECT_0, 0, EF):
             assert ends.sends_to_peer(octet) == octet
             assert ends.sends_to_client(octet) == octet
@@ -55,7 +54,6 @@ def test_what_is_relayed_keeps_its_octet(
 def test_so_do_segments(relay: RelayProcess, families: tuple[Family, Family]) -> None:
     with ExitStack() as stack:
         ends = Ends(relay, *families, stack)
-        ends.have_sent_marks()
         for octet in (ECT_0, CE, EF):
             with Stopped(relay):
                 ends.sends_segments(octet)
@@ -68,12 +66,21 @@ def test_an_answer_has_none(relay: RelayProcess, family: Family) -> None:
     """It is no part of the flow."""
     with ExitStack() as stack:
         ends = Ends(relay, family, family, stack)
-        ends.have_sent_marks()
         assert ends.sends_to_peer(EF) == EF
         request = Message(Kind.REQUEST, Method.BINDING, b"transaction!")
         send(ends.client.socket, family, EF | CE, [request.encode()])
 
         assert octet_of(ends.client.socket) == 0
+
+
+def test_the_first_mark_of_a_flow_is_kept_even_if_what_came_before_it_had_none() -> None:
+    """Of each socket by itself: nothing was marked before."""
+    with RelayProcess(port=free_port()) as fresh, ExitStack() as stack:
+        for client in Family:
+            ends = Ends(fresh, client, Family.IPV4, stack)
+            for _ in range(LOOKS - 1):
+                assert ends.sends_to_peer(0) == ends.sends_to_client(0) == 0
+            assert ends.sends_to_peer(EF) == ends.sends_to_client(EF) == EF
 
 
 def test_off_is_off() -> None:
@@ -103,12 +110,6 @@ class Ends:
         self.client.binds(NUMBER, self.peer.getsockname()[:2])
         for sock in (self.client.socket, self.peer):
             report_tos(sock, wanted=True)
-
-    def have_sent_marks(self) -> None:
-        """Send so many that a relay that finds out by itself knows of them."""
-        for _ in range(MAX_SINGLE_READS + 1):
-            self.sends_to_peer(ECT_0)
-            self.sends_to_client(ECT_0)
 
     def sends_to_peer(self, octet: int) -> int:
         """Send with that octet; return the one that it arrives with."""

@@ -20,6 +20,9 @@ class RelaySocket(Protocol):
     def reach(self, address: Any, /) -> Destination:  # noqa: ANN401
         """Return how to send to a peer from here."""
 
+    def look_for_marks(self) -> None:
+        """Look at the next datagrams for DSCP and ECN: a flow may begin."""
+
     def close(self) -> None:
         """Give up the port."""
 
@@ -76,6 +79,7 @@ class RelayPort:
         if not self._routes:
             self._client = reach_client()
         self._routes[peer] = number
+        self._sockets[family_of(peer[0])].look_for_marks()
 
     def unbind(self, peer: PeerAddress) -> None:
         """Relay nothing from *peer* any more."""

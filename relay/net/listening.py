@@ -117,6 +117,11 @@ class ListeningSocket:
         """Return how to send to a client from here."""
         return UdpDestination(self._sock, self._segments, client[0], self._shared.lost)
 
+    def look_for_marks(self) -> None:
+        """Look at the next datagrams for DSCP and ECN."""
+        for sock in self.sockets:
+            sock.reader.look_for_marks()
+
     def hand_to(self, receiver: Receiver) -> None:
         """Have *receiver* take what is read from here on."""
         self.reader.hand_to(receiver)
