@@ -58,6 +58,8 @@ def _handler(descriptor: int) -> "LineHandler":
 # --- Writing ---------------------------------------------------------------------------------
 
 _TERMINAL_PIECE: Final = 128  # bytes
+_CURRENT_POSITION: Final = -1
+_RWF_NOWAIT: Final = 8  # <linux/fs.h>; Python has its name for reading only
 
 
 class LineHandler(logging.Handler):
@@ -67,10 +69,13 @@ class LineHandler(logging.Handler):
     written to its end before another begins: the rest of one that was cut goes first. Errors
     (nobody has the pipe open, the disk is full) are a reason to drop as well; none is raised.
 
-    The descriptor is left as it is: O_NONBLOCK would hold for every process that shares it.
-    Instead each write is small enough not to block once poll calls the descriptor writable. A
-    pipe then has room for a page, a socket for three quarters of its buffer. A terminal may have
-    as little as 256 bytes, or a line feed, which takes two: the kernel's n_tty.c, tty_buffer.c.
+    The descriptor is left as it is: O_NONBLOCK would hold for every process that shares it. Of
+    pipes and sockets, such as the journal's, each single write can be told not to wait
+    (RWF_NOWAIT). Terminals, named pipes and most file systems know no such thing. For these each
+    write is small enough not to wait once poll calls the descriptor writable, unless somebody
+    else has written there in between. A pipe then has room for a page. A terminal may have as
+    little as 256 bytes, or a line feed, which takes two: the kernel's n_tty.c, tty_buffer.c. A
+    file is always writable, and takes as long as its disk.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -78,6 +83,7 @@ class LineHandler(logging.Handler):
         super().__init__()
         self.descriptor = descriptor
         self._is_terminal = os.isatty(descriptor)
+        self._knows_nowait = True
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
         self._unwritten = b""
@@ -117,11 +123,22 @@ class LineHandler(logging.Handler):
     def _write(self) -> None:
         """Write as much of what is unwritten as can be without waiting."""
         try:
-            while self._unwritten and self._is_writable():
-                written = os.write(self.descriptor, self._piece())
+            while self._unwritten and (written := self._write_piece()):
                 self._unwritten = self._unwritten[written:]
         except OSError:
             pass  # what is left may be written later, or never
+
+    def _write_piece(self) -> int:
+        """Write as much as can be at once, and return how many bytes. Raises OSError."""
+        piece = self._piece()
+        if self._knows_nowait:
+            try:
+                return os.pwritev(self.descriptor, (piece,), _CURRENT_POSITION, _RWF_NOWAIT)
+            except BlockingIOError:
+                return 0
+            except (OSError, NotImplementedError):  # whatever else is wrong, write() will say it
+                self._knows_nowait = False
+        return os.write(self.descriptor, piece) if self._is_writable() else 0
 
     def _piece(self) -> bytes:
         if not self._is_terminal:
