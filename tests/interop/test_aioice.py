@@ -2,8 +2,12 @@
 
 import asyncio
 import logging
+import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +22,7 @@ from tests.process import RelayProcess, free_port
 
 pytestmark = pytest.mark.interop
 
+README = Path(__file__).parents[2] / "README.md"
 ASKS_FOR_IPV6 = 0x02000000  # REQUESTED-ADDRESS-FAMILY. RFC 8656 §18.6
 
 
@@ -40,6 +45,21 @@ async def test_peer_is_echoed_over_ipv6(
     async with udp_peer("::1") as bob, allocation(relay, server) as alice:
         assert alice.address[0] == "::1"
         await echo(alice, bob)
+
+
+def test_two_clients_say_hello_as_readme_has_it(relay: RelayProcess) -> None:
+    (program,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    credential = (relay.username, relay.password)
+    said = subprocess.run(
+        [sys.executable, "-c", program, "127.0.0.1", str(relay.port), *credential],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    ).stdout
+
+    assert len(set(said.splitlines())) == 2  # alice heard bob, and bob alice
+    assert all(line.startswith("hello from ('127.0.0.1', ") for line in said.splitlines())
 
 
 @within(seconds=30)
