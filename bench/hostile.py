@@ -26,7 +26,8 @@ from typing import Any, Final, Self
 
 from relay.observe.logratelimit import LogRateLimit
 from relay.stun.attributes import Attr
-from relay.stun.const import UDP_PROTOCOL, Method
+from relay.stun.const import UDP_PROTOCOL, Family, Method
+from relay.stun.raw import MAX_PEERS
 from relay.turn.auth import REALM
 from relay.turn.commands import ClientAddress, Drop
 from tests.scenario import Client, Scenario, Value, channel_data, request
@@ -330,6 +331,15 @@ def permissions(peers: int) -> Callable[[Scenario, Client], Iterator[Datagram]]:
     return datagrams
 
 
+def ipv6_permissions(relay: Scenario, _: Client) -> Iterator[Datagram]:
+    """CreatePermission for as many IPv6 peers as may be in one, in which no IPv4 is written."""
+    client = relay.client("192.0.2.68:5000")
+    client.allocates((Attr.REQUESTED_ADDRESS_FAMILY, Family.IPV6), lifetime=3600)
+    hosts = [(Attr.XOR_PEER_ADDRESS, (f"2600::{1 + at:x}", 9000)) for at in range(MAX_PEERS)]
+    for _number in endless():
+        yield client.signed(Method.CREATE_PERMISSION, *hosts), client.address
+
+
 def refreshes(_: Scenario, mallory: Client) -> Iterator[Datagram]:
     for _number in endless():
         yield mallory.signed(Method.REFRESH, (Attr.LIFETIME, 3600)), mallory.address
@@ -375,7 +385,8 @@ FLOODS: Final = (
     Flood("wrong signature, good nonce", wrong_signatures_with_a_nonce),
     Flood("wrong signature, good nonce, 2 KiB", long_wrong_signatures),
     Flood("unsigned Allocate, addresses spoofed", spoofed_allocates, from_strangers=True),
-    Flood("CreatePermission with 16 peers", permissions(16)),
+    Flood("CreatePermission with 16 peers", permissions(MAX_PEERS)),
+    Flood("CreatePermission with 16 IPv6 peers", ipv6_permissions),
     Flood("CreatePermission with 150 peers", permissions(150)),
     Flood("Refresh", refreshes),
     Flood("ChannelBind that is refused", refused_binds),

@@ -1,6 +1,5 @@
 """The event loop, on real descriptors, one iteration at a time."""
 
-import os
 import select
 import signal
 import socket
@@ -519,18 +518,23 @@ def test_mail_behind_a_failing_item_is_delivered(reactor: Reactor, bugs: list[Ex
     reactor.retire(mailbox)
 
 
+def send(number: signal.Signals) -> None:
+    """Send a signal to this thread: of a process, any thread that there may be would get it."""
+    signal.pthread_kill(threading.get_ident(), number)
+
+
 def test_signals_arrive_in_the_loop(reactor: Reactor) -> None:
     got: list[int] = []
     with Signals((signal.SIGUSR1, signal.SIGUSR2), got.append) as signals:
         reactor.register(signals, signals.deliver)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGUSR2)
+        send(signal.SIGUSR1)
+        send(signal.SIGUSR2)
         while len(got) < 2:
             reactor.iterate()
         reactor.retire(signals)
 
     assert got == [signal.SIGUSR1, signal.SIGUSR2]
-    os.kill(os.getpid(), signal.SIGUSR1)  # by default this would end the process
+    send(signal.SIGUSR1)  # by default this would end the process
     assert len(got) == 2
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
@@ -542,7 +546,7 @@ def test_a_storm_of_one_signal_counts_as_one(reactor: Reactor) -> None:
     with Signals((signal.SIGUSR1,), got.append) as signals:
         reactor.register(signals, signals.deliver)
         for _ in range(100):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            send(signal.SIGUSR1)
         reactor.iterate()
         reactor.retire(signals)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
@@ -553,7 +557,7 @@ def test_a_storm_of_one_signal_counts_as_one(reactor: Reactor) -> None:
 def test_signals_held_back_until_they_can_be_handled_are_handled(reactor: Reactor) -> None:
     got: list[int] = []
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
-    os.kill(os.getpid(), signal.SIGUSR1)  # by default this would end the process
+    send(signal.SIGUSR1)  # by default this would end the process
     with Signals((signal.SIGUSR1,), got.append) as signals:
         reactor.register(signals, signals.deliver)
         reactor.iterate()

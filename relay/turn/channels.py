@@ -6,7 +6,7 @@ from typing import Final
 
 from relay.stun.address import Address, family_of, format_endpoint
 from relay.stun.attributes import Attr
-from relay.stun.const import ErrorCode
+from relay.stun.const import ErrorCode, Family
 from relay.stun.raw import MAX_PEERS
 from relay.turn.commands import PeerAddress
 from relay.turn.peers import PeerPolicy, Refusal
@@ -40,13 +40,15 @@ class ChannelHandler:
             raise Refused(ErrorCode.BAD_REQUEST, "no XOR-PEER-ADDRESS")
         if len(peers) > MAX_PEERS:
             raise Refused(ErrorCode.BAD_REQUEST, f"{len(peers)} peers at once")
+        families = allocation.families
         for host, _ in peers:
-            _require_family(allocation, host)
+            _require_family(families, host)
+        lent_out, policy = self._state.settings.public_hosts.values(), self._state.peer_policy
         for host, _ in peers:
             # A permission is for a host: its port does not count. Of what this relay lends out any
             # may be meant, so the answer does not tell which ports are lent.
-            if host != self._state.settings.public_hosts[family_of(host)]:
-                refusal = self._state.peer_policy.refusal((host, ANY_PORT))
+            if host not in lent_out:
+                refusal = policy.refusal((host, ANY_PORT))
                 if refusal is not None:
                     self._refuse(refusal, host, request.now)
         self._state.answers.success(request, [], key=request.key)
@@ -63,7 +65,7 @@ class ChannelHandler:
         if number is None or address is None:
             raise Refused(ErrorCode.BAD_REQUEST, "no CHANNEL-NUMBER or no XOR-PEER-ADDRESS")
         peer = PeerAddress(address)
-        _require_family(allocation, peer[0])
+        _require_family(allocation.families, peer[0])
         reaches_outside, refusal = self._reach(peer)
         is_refused = refusal is not None and reaches_outside is None
         if refusal is not None and is_refused:
@@ -141,7 +143,7 @@ class ChannelHandler:
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many channels as are allowed")
 
 
-def _require_family(allocation: Allocation, host: str) -> None:
-    if family_of(host) not in allocation.families:
+def _require_family(families: tuple[Family, ...], host: str) -> None:
+    if family_of(host) not in families:
         code = ErrorCode.PEER_ADDRESS_FAMILY_MISMATCH
         raise Refused(code, f"no {family_of(host).name} allocated")

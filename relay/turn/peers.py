@@ -7,10 +7,10 @@ The rules are compiled to integers: for each family and length of a prefix, long
 table from prefix to rule. To check a peer costs a look into each, two dozen at most.
 """
 
-from collections.abc import Collection, Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import Final, NewType
+from typing import Final
 
 from relay.stun.address import Address, family_of, format_endpoint, pack_host, unpack_host
 from relay.stun.const import Family
@@ -87,7 +87,7 @@ class Refusal:
         return self.text
 
 
-Host = NewType("Host", tuple[Family, int])
+Host = tuple[Family, int]
 """A numeric host as its family and the integer that its bytes are."""
 
 _BITS: Final = {Family.IPV4: 32, Family.IPV6: 128}
@@ -114,6 +114,8 @@ _CARRIES_IPV4: Final = tuple(
         (IPv6Network("2002::/16"), 80, 0),
     )
 )
+# Their first 16 bits: of most addresses no more has to be looked at.
+_CARRYING_STARTS: Final = frozenset(prefix >> length - 16 for length, prefix, _, _ in _CARRIES_IPV4)
 # ISATAP is told by its interface identifier, under any prefix: RFC 5214 §6.1. One bit of it says
 # whether the IPv4 address is unique.
 _ISATAP: Final = 0x00005EFE
@@ -161,11 +163,11 @@ class PeerPolicy:
         text, port = peer
         if port == 0:
             return _PORT_ZERO
-        host = _host(text)
-        if port in self._own_ports and any(self._is_own(one, port) for one in _spellings(host)):
+        spellings = _spellings(_host(text))
+        if port in self._own_ports and any(self._is_own(one, port) for one in spellings):
             where = format_endpoint(text, port)
             return Refusal(OWN_RELAY, f"{where} is this relay itself; nothing allows it")
-        for spelling in _spellings(host):
+        for spelling in spellings:
             refusal = self._host_refusal(spelling)
             if refusal is not None:
                 return refusal
@@ -176,24 +178,29 @@ class PeerPolicy:
         if (host, port) in self._own:
             return True
         family, number = host
-        if (Host((family, 0)), port) not in self._own:
+        if ((family, 0), port) not in self._own:
             return False
         return number == 0 or _is_loopback(host) or _packed(host) in self._own_hosts
 
     def _host_refusal(self, host: Host) -> Refusal | None:
         """Say what the longest rule for a host has against it, if anything."""
         family, number = host
-        is_ours = _packed(host) in self._own_hosts and not _is_loopback(host)
+        if _packed(host) in self._own_hosts and not _is_loopback(host):
+            return self._own_host_refusal(host)
         for shift, rules in self._rules[family]:
-            if is_ours and shift:
-                break
             prefix = number >> shift
             if prefix in rules:
                 return rules[prefix]
-        if is_ours:
-            text = unpack_host(_packed(host))
-            return Refusal(OWN_HOST, f"{text} is this host; --allow-peer {text} would allow it")
         return None
+
+    def _own_host_refusal(self, host: Host) -> Refusal | None:
+        """Do the same for an address of this host, for which no wider rule counts."""
+        family, number = host
+        for shift, rules in self._rules[family][:1]:
+            if not shift and number in rules:
+                return rules[number]
+        text = unpack_host(_packed(host))
+        return Refusal(OWN_HOST, f"{text} is this host; --allow-peer {text} would allow it")
 
 
 _Rules = list[tuple[int, dict[int, Refusal | None]]]
@@ -232,7 +239,7 @@ def _denied(cidr: str) -> Refusal:
 
 
 def _host(text: str) -> Host:
-    return Host((family_of(text), int.from_bytes(pack_host(text), "big")))
+    return family_of(text), int.from_bytes(pack_host(text), "big")
 
 
 def _packed(host: Host) -> bytes:
@@ -245,13 +252,15 @@ def _is_loopback(host: Host) -> bool:
     return number >> 24 == _LOOPBACK_IPV4 if family is Family.IPV4 else number == _LOOPBACK_IPV6
 
 
-def _spellings(host: Host) -> Iterator[Host]:
-    """Yield the host and whatever IPv4 address is written inside it; each must be allowed."""
-    yield host
+def _spellings(host: Host) -> list[Host]:
+    """Return the host and whatever IPv4 address is written inside it; each must be allowed."""
     family, number = host
-    if family is Family.IPV6 and number > 1:  # :: and ::1 hold none
-        for length, prefix, bits_after, flipped in _CARRIES_IPV4:
-            if number >> 128 - length == prefix:
-                yield Host((Family.IPV4, (number >> bits_after ^ flipped) & _IPV4_MASK))
+    found = [host]
+    if family is Family.IPV6:
+        if number >> 112 in _CARRYING_STARTS and number > 1:  # :: and ::1 hold none
+            for length, prefix, bits_after, flipped in _CARRIES_IPV4:
+                if number >> 128 - length == prefix:
+                    found.append((Family.IPV4, (number >> bits_after ^ flipped) & _IPV4_MASK))
         if number >> 32 & _ISATAP_MASK == _ISATAP:
-            yield Host((Family.IPV4, number & _IPV4_MASK))
+            found.append((Family.IPV4, number & _IPV4_MASK))
+    return found
