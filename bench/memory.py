@@ -62,8 +62,8 @@ def main(count: int) -> None:
 class Idle:
     """A relay whose clients have no sockets."""
 
-    def __init__(self) -> None:
-        self.scenario = Scenario(ports=PORTS)
+    def __init__(self, ports: range = PORTS) -> None:
+        self.scenario = Scenario(ports=ports)
         self.counters = Counters()
         began = time.monotonic()
         self._reactor = Reactor(clock=lambda: START + time.monotonic() - began)
@@ -79,7 +79,7 @@ class Idle:
                 Shared(workspace.for_peers, self.counters.lost, Offload(wanted=True)),
             ).open,
             public_hosts=self.scenario.public_hosts,
-            relay_ports=PORTS,
+            relay_ports=ports,
             channel_numbers=RFC8656_NUMBERS,
             timers=self._reactor,
             unix_clock=lambda: UNIX_START,

@@ -8,14 +8,19 @@ by ``--gc``, three thresholds with commas between, to compare others.
 """
 
 import argparse
+import errno
 import gc
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from socket import AF_INET, AF_UNIX, SOCK_DGRAM, inet_aton, socket
 from typing import Any, Final
 
 from bench.memory import SPARE_DESCRIPTORS, Idle, address_of, allocate_of, allow_descriptors
 from relay.daemon import GC_THRESHOLDS
+from relay.net import netlink
+from relay.net.hostaddresses import HostAddresses
 from relay.stun.attributes import Attr
 from relay.stun.const import Method
 from relay.turn.commands import ClientAddress
@@ -26,6 +31,9 @@ ALLOCATIONS: Final = 16_000
 CHANNELS: Final = 200_000
 MOST: Final = 4096  # channels that one allocation can have
 MAX_CHANNELS: Final = 1 << 18
+FIRST_PORT: Final = 30_000
+FREE_PORTS: Final = 16  # besides those that are lent
+ADDRESSES: Final = 20_000  # of the host, at most
 
 
 def main() -> None:
@@ -90,7 +98,7 @@ class Full(Idle):
     """A relay with many clients, whose clock can be put forward."""
 
     def __init__(self, allocations: int) -> None:
-        super().__init__()
+        super().__init__(range(FIRST_PORT, FIRST_PORT + allocations + FREE_PORTS))
         self.scenario.changes_settings(max_channels=MAX_CHANNELS)
         self._clients = [self.client(number) for number in range(allocations)]
         for client in self._clients:
@@ -103,11 +111,13 @@ class Full(Idle):
         """Return what can happen to many at once, in this order."""
         each = -(-channels // len(self._clients))
         return {
-            f"{len(self._clients)} clients allocate": self._all_allocate,
+            f"{len(self._clients)} clients allocate, until no port is left": self._all_allocate,
             f"each binds {each} channels": lambda stalls: self._each_binds(each, channels, stalls),
             f"one binds {MOST} channels": self._one_binds_many,
             "and ends": self._it_ends,
             "the rules about peers change": self._rules_change,
+            f"the host gets {ADDRESSES} addresses": self._addresses_come,
+            "and loses them without a word": self._addresses_are_gone,
             "all channels expire": lambda stalls: self._passes(700, stalls),
             "they have cooled down": lambda stalls: self._passes(300, stalls),
             "half of the allocations end, others come": self._churn,
@@ -145,6 +155,22 @@ class Full(Idle):
         stalls.iteration(lambda: self._datapath.change_peer_policy(policy))
         self._passes(0, stalls)
 
+    def _addresses_come(self, stalls: Stalls) -> None:
+        self._kernel = Kernel()
+        self._addresses = HostAddresses(lambda _: self._kernel)
+        self._kernel.tells(ADDRESSES)
+        while self._kernel.has_more:
+            stalls.iteration(self._addresses.on_readable)
+        assert inet_aton("10.0.0.1") in self._addresses
+
+    def _addresses_are_gone(self, stalls: Stalls) -> None:
+        """Have the kernel say that something was lost (ENOBUFS), so that it is asked anew."""
+        self._kernel.loses_count()
+        while self._kernel.has_more:
+            stalls.iteration(self._addresses.on_readable)
+        assert inet_aton("10.0.0.1") not in self._addresses
+        self._addresses.close()
+
     def _churn(self, stalls: Stalls) -> None:
         for number in range(0, len(self._clients), 2):
             client = self._clients[number]
@@ -159,6 +185,53 @@ class Full(Idle):
             self._ahead += 1 if second else 0
             while (deadline := server.poll_timeout()) is not None and deadline <= clock():
                 stalls.iteration(self._reactor.iterate)
+
+
+class Kernel(socket):
+    """What rtnetlink says of a host's addresses; see :mod:`relay.net.netlink`."""
+
+    def __init__(self) -> None:
+        super().__init__(AF_UNIX, SOCK_DGRAM)
+        self._says: list[bytes | OSError] = []
+
+    @property
+    def has_more(self) -> bool:
+        """Tell if there is something left to read."""
+        return bool(self._says)
+
+    def tells(self, addresses: int) -> None:
+        """Tell of so many new addresses, one by one."""
+        for number in range(1, addresses + 1):
+            address = struct.pack("=BBBBI", AF_INET, 32, 0, 0, 1)
+            address += struct.pack("=HH", 8, 2) + struct.pack("!I", (10 << 24) + number)
+            self._says.append(_netlink_message(netlink.RTM_NEWADDR, 0, address))
+
+    def loses_count(self) -> None:
+        """Say that messages were lost."""
+        self._says.append(OSError(errno.ENOBUFS, "overrun"))
+
+    def send(self, request: bytes, _flags: int = 0) -> int:  # type: ignore[override]
+        """Answer that there is no address at all."""
+        (sequence,) = struct.unpack_from("=I", request, 8)
+        self._says.append(_netlink_message(netlink.NLMSG_DONE, sequence, bytes(4)))
+        return len(request)
+
+    def recvfrom(self, size: int, _flags: int = 0) -> tuple[bytes, tuple[int, int]]:
+        """Return the next message, and that it is from the kernel."""
+        return self.recv(size), (0, 0)
+
+    def recv(self, _size: int, _flags: int = 0) -> bytes:
+        """Return the next message, or raise what it is to raise."""
+        if not self._says:
+            raise BlockingIOError
+        said = self._says.pop(0)
+        if isinstance(said, OSError):
+            raise said
+        return said
+
+
+def _netlink_message(kind: int, sequence: int, body: bytes) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, sequence, 0) + body
 
 
 def bind_of(client: Client, channel: int) -> bytes:
