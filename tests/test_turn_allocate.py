@@ -158,6 +158,18 @@ def test_the_same_transaction_id_of_another_user_is_a_mismatch(relay: Scenario) 
     assert mallory.asks(Method.ALLOCATE, UDP, transaction_id=b"twelve bytes").code == 437
 
 
+def test_an_allocation_that_waits_for_its_end_is_not_there_any_more(relay: Scenario) -> None:
+    """If many end at once, some have to wait; whoever asks does not."""
+    alice, bob = relay.client("192.0.2.10:5000"), relay.client("192.0.2.11:5000")
+    alice.allocates((Attr.ADDITIONAL_ADDRESS_FAMILY, V6), lifetime=600)
+    bob.allocates(lifetime=600)
+    relay.time.now += 600  # and the timer is late
+
+    assert bob.refreshes().code == 437
+    alice.allocates()
+    assert len(relay.network.sockets) == 1
+
+
 def test_a_5_tuple_is_free_again_after_its_allocation(relay: Scenario) -> None:
     alice = relay.client("192.0.2.10:5000").allocates()
     alice.refreshes(lifetime=0)

@@ -8,11 +8,12 @@
 ``request``      a request, its refusal, its answer
 ``state``        what the handlers share
 ``tables``       allocations, channels and every index; the only writer of them
+``ended``        transactions whose effect is over
 ``ports``        the relay ports that are free
 ``quota``        how much one user, one address and all of them may hold
 ``peers``        which peers may be reached
 ``auth``         credentials made from a secret, and nonces without a table
-``ratelimit``    how many unauthenticated requests are answered
+``ratelimit``    how much work is done for whom
 ``timerwheel``   deadlines in one-second slots
 ``channeldata``  the four-byte header of relayed data
 ``settings``     what the operator limits

@@ -46,7 +46,7 @@ class AllocationHandler:
     def allocate(self, request: Request) -> None:
         """RFC 8656 §7.2."""
         state, message, client = self._state, request.message, request.client
-        existing = state.tables.of_client(client)
+        existing = state.tables.live_of_client(client, request.now)
         if existing is not None:
             if (existing.transaction_id, existing.user) != (message.transaction_id, request.user):
                 raise Refused(ErrorCode.ALLOCATION_MISMATCH, "this 5-tuple has an allocation")

@@ -31,7 +31,7 @@ class State:
 
     def any_allocation(self, request: Request) -> Allocation:
         """Find what the 5-tuple of a request holds, whoever made it."""
-        allocation = self.tables.of_client(request.client)
+        allocation = self.tables.live_of_client(request.client, request.now)
         if allocation is None:
             raise Refused(ErrorCode.ALLOCATION_MISMATCH, "this 5-tuple has no allocation")
         return allocation

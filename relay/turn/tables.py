@@ -126,7 +126,18 @@ class Tables:
         return list(self._by_client.values())
 
     def of_client(self, client: ClientAddress) -> Allocation | None:
-        """Return the allocation of a 5-tuple."""
+        """Return the allocation of a 5-tuple, perhaps one that has expired and still waits."""
+        return self._by_client.get(client)
+
+    def live_of_client(self, client: ClientAddress, now: float) -> Allocation | None:
+        """Return the allocation of a 5-tuple, ending first what of it has expired at *now*.
+
+        :meth:`expire` may not have come to it, if many end at once.
+        """
+        allocation = self._by_client.get(client)
+        if allocation is None or min(allocation.expires_at.values()) > now:
+            return allocation
+        self._expire_allocation(allocation, now)
         return self._by_client.get(client)
 
     def at_port(self, port: int) -> Allocation | None:
