@@ -233,10 +233,12 @@ def install_system_packages(packages: list[str], held: int) -> None:
     if os.geteuid() != 0:
         raise SetupError(f"system packages are missing; type: sudo apt-get install -y {names}")
     say(f"installing system packages: {names} (apt-get; not with RELAY_NO_BOOTSTRAP=1)")
-    # A new machine has no package lists. A failed update is not final: old ones may do.
+    # dpkg that a power cut stopped wants to go on before anything else. A new machine has no
+    # package lists. Neither failure is final: perhaps there is nothing to go on with, and old
+    # lists may do.
+    before = "export DEBIAN_FRONTEND=noninteractive; dpkg --configure -a; apt-get update"
     install = "apt-get -o DPkg::Lock::Timeout=120 install -y --no-install-recommends"
-    update = "export DEBIAN_FRONTEND=noninteractive; apt-get update"
-    run(["sh", "-c", f"{update}; exec {install} {names}"], held)
+    run(["sh", "-c", f"{before}; {install} {names}"], held, ends_when_interrupted=False)
 
 
 def pip_install(python: str, lock: Path) -> list[str]:
@@ -245,7 +247,7 @@ def pip_install(python: str, lock: Path) -> list[str]:
     return [python, "-m", "pip", "install", *options, "-r", str(lock)]
 
 
-def run(command: list[str], held: int) -> None:
+def run(command: list[str], held: int, *, ends_when_interrupted: bool = True) -> None:
     """Run *command* unheard, with a copy of the lock *held*; raise SetupError if it fails."""
     # Memory, not a pipe: a pipe would break with this process, and apt-get with the pipe.
     with os.fdopen(os.memfd_create("output"), "w+b") as output:
@@ -260,8 +262,9 @@ def run(command: list[str], held: int) -> None:
             try:
                 process.wait()
             except KeyboardInterrupt:
-                process.terminate()  # not kill, and wait: dpkg leaves its database in order
-                process.wait()
+                if ends_when_interrupted:
+                    process.terminate()
+                process.wait()  # apt-get that is cut off leaves packages in a mess
                 raise
         output.seek(0)
         lines = output.read().decode(errors="replace").splitlines()

@@ -435,7 +435,8 @@ class TestDebian:
         how = "(apt-get; not with RELAY_NO_BOOTSTRAP=1)"
         said = f"relay.py: installing system packages: gcc libcap-dev {how}\n"
         assert capfd.readouterr() == ("", said)
-        update, install = (apt_get.parent / "calls").read_text().splitlines()
+        go_on, update, install = (apt_get.parent / "calls").read_text().splitlines()
+        assert go_on == "noninteractive --configure -a"
         assert update == "noninteractive update"
         assert re.fullmatch("noninteractive .* install -y .* gcc libcap-dev", install)
 
@@ -468,6 +469,20 @@ class TestDebian:
         assert start.exit_code == 7
         assert checkout.calls()[:3] == ["apt-get", "apt-get went on", "apt-get"]
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root installs packages")
+    def test_interrupt_lets_apt_get_finish(self, checkout: Checkout) -> None:
+        checkout.needs_a_compiler()
+        checkout.hangs("apt-get")
+        with checkout.launch(PATH=checkout.programs) as process:
+            apt_get = checkout.hanging("apt-get")
+            process.send_signal(signal.SIGINT)
+            apt_get.goes_on()
+            start = ended(process)
+
+        assert start.said[1:] == [INTERRUPTED]
+        assert start.exit_code == 130
+        assert checkout.calls() == ["apt-get", "apt-get went on"]
+
     @pytest.fixture
     def apt_get(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """Stand in for apt-get, and for being root."""
@@ -475,6 +490,7 @@ class TestDebian:
         script.parent.mkdir()
         script.write_text('#!/bin/sh\necho $DEBIAN_FRONTEND "$@" >>"${0%/*}/calls"\n')
         script.chmod(0o755)
+        shutil.copy(script, script.parent / "dpkg")
         monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
         monkeypatch.delenv("DEBIAN_FRONTEND", raising=False)
         monkeypatch.setattr(os, "geteuid", lambda: 0)
