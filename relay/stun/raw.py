@@ -45,7 +45,11 @@ class WrongFingerprint(DecodeError):
 
 
 class TooManyAttributes(DecodeError):
-    """There are more than :data:`MAX_ATTRIBUTES`."""
+    """There are more than :data:`MAX_ATTRIBUTES`. *message* has the first of them."""
+
+    def __init__(self, message: "RawMessage") -> None:
+        super().__init__(f"more than {MAX_ATTRIBUTES} attributes")
+        self.message = message
 
 
 @dataclass(slots=True)
@@ -165,7 +169,7 @@ def _read_attributes(message: RawMessage) -> None:
     offset, end, left = HEADER_SIZE, len(raw), MAX_ATTRIBUTES
     while offset < end:  # at least four bytes are left: everything is a multiple of four
         if not left:
-            raise TooManyAttributes(f"more than {MAX_ATTRIBUTES} attributes")
+            raise TooManyAttributes(message)
         left -= 1
         key, size = _unpack_tlv(raw, offset)
         value_end = offset + 4 + size

@@ -102,8 +102,14 @@ class Server:
             message = read_attributes(datagram, header)
         except WrongFingerprint:
             return Drop.WRONG_FINGERPRINT
-        except TooManyAttributes:
-            return Drop.MALFORMED_STUN
+        except TooManyAttributes as error:
+            message = error.message
+            if message.method != Method.CREATE_PERMISSION:
+                return Drop.MALFORMED_STUN
+            # Somebody who means well, perhaps: it can be told to ask for fewer peers at once.
+            request = Request(message, client, None, now, unix_now)
+            self._answers.refuse(request, Refused(ErrorCode.BAD_REQUEST, str(error)))
+            return None
         if source is not None and message.integrity_offset is not None:
             limiter.count(source, SIGNATURE, now)
         key = self._admission.signing_key(message)
