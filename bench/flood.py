@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             load_cpu, server_cpu = cpus()
             os.sched_setaffinity(0, {load_cpu})
             servers = [
-                stack.enter_context(running(name, network, server_cpu, Path(folder)))
+                stack.enter_context(running(name, network, server_cpu, Path(folder), limited=True))
                 for name in SERVERS
             ]
             titles = "".join(f"{f'{name}: lost':>16}{'newcomer':>10}" for name in SERVERS)

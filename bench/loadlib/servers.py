@@ -86,6 +86,14 @@ def default_coturn_command(port: int, folder: Path) -> Command:
     return command, credentials
 
 
+UNLIMITED: Final = (
+    "--unauthenticated-rate=0",
+    "--unauthenticated-rate-per-prefix=0",
+    "--max-allocations-per-username=0",
+    "--max-allocations-per-ip=0",
+    "--max-channels-per-allocation=0",
+)
+
 SERVERS: Final[dict[str, Callable[[int, Path], Command]]] = {
     "relay": relay_command,
     "coturn": coturn_command,
@@ -97,13 +105,18 @@ _RELAY_PORTS: Final = {3478: (10_000, 27_999), 3479: (28_000, 45_999), 3490: (46
 
 
 @contextmanager
-def running(name: str, network: Network, cpu: int, folder: Path) -> Iterator[Server]:
+def running(
+    name: str, network: Network, cpu: int, folder: Path, *, limited: bool = False
+) -> Iterator[Server]:
     """Run one of :data:`SERVERS`, with its log in *folder*; yield it once it answers.
 
-    Raises LoadError.
+    Unless it is to be *limited*, the relay serves one address and one user without end, as coturn
+    does. Raises LoadError.
     """
     port, log = _PORTS[name], folder / f"{name}.log"
     command, credentials = SERVERS[name](port, folder)
+    if name == "relay" and not limited:
+        command += UNLIMITED
     within = ["ip", "netns", "exec", network.relay, "taskset", "-c", str(cpu)]
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT)}
     with log.open("w") as output:
