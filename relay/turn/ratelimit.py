@@ -27,11 +27,14 @@ from typing import Final
 from relay.stun.address import prefix_of
 from relay.turn.commands import Drop
 
-# Clients that bind a channel to each of a thousand peers at once are served at once, nearly.
+# A gateway may have hundreds of peers to bind a channel to, all at once, but not every second.
 CLIENT_RATE: Final = 100.0  # requests per second
 CLIENT_BURST: Final = 500.0  # requests after a pause
 
 BURST: Final = 5.0  # seconds' worth of work that a prefix may ask for at once after a pause
+# How many times as much a prefix may ask for from proven addresses: no answer to these hits anybody
+# who has not asked, and behind one address many may call at once.
+PROVEN: Final = 4
 # Likewise for all together: less, for so long everybody's data may have to share the processor.
 BURST_IN_ALL: Final = 0.5
 # A prefix is quiet as long as it asks no more than this, served or not; some households share one.
@@ -85,7 +88,8 @@ class RateLimiter:
 
     def set_rates(self, per_prefix: int, total: int) -> None:
         """Go on with other rates, in units of work per second; 0 is no limit."""
-        self._spacing = 1 / per_prefix if per_prefix else 0.0
+        unproven = 1 / per_prefix if per_prefix else 0.0
+        self._spacing = (unproven, unproven / PROVEN)
         self._spacing_in_all = 1 / total if total else 0.0
 
     def source(self, host: str, *, is_proven: bool) -> Source:
@@ -102,13 +106,13 @@ class RateLimiter:
         share = self._share(source, now)
         if self._spacing_in_all and self._due_in_all > now + BURST_IN_ALL * share:
             return Drop.TOTAL_RATE
-        if self._spacing and self._due[source] > now + BURST:
+        if self._spacing[source >= SLOTS] and self._due[source] > now + BURST:
             return Drop.PREFIX_RATE
         return None
 
     def count(self, source: Source, work: int, now: float) -> None:
         """Count *work* that was done for *source*."""
-        self._due[source] = max(self._due[source], now) + work * self._spacing
+        self._due[source] = max(self._due[source], now) + work * self._spacing[source >= SLOTS]
         self._due_in_all = max(self._due_in_all, now) + work * self._spacing_in_all
 
     def _share(self, source: Source, now: float) -> float:
