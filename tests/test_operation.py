@@ -140,6 +140,8 @@ CONTAINERS = [
 def test_root_that_cannot_become_anybody_serves_as_root_unless_it_must(
     prefix: tuple[str, ...], why: str
 ) -> None:
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip(f"{prefix[0]} is not possible here, as in a chroot")
     with RelayProcess(port=free_port(), prefix=prefix) as relay:
         line = relay.logs("cannot become user nobody: ")
         assert "WARNING" in line
