@@ -188,6 +188,9 @@ class Target:
 Trace = Callable[[FrameType, str, object], Any]
 
 
+TOOL: Final = 4  # one of those that sys.monitoring leaves to anybody
+
+
 class Work:
     """Counts what the interpreter does: bytecodes, and calls into C for several of them each.
 
@@ -205,14 +208,27 @@ class Work:
     def __enter__(self) -> Self:
         """Count from here on."""
         sys.setprofile(self._profile)
-        sys._getframe().f_trace_opcodes = True  # noqa: SLF001 CPython 3.12 has to be asked first
-        sys.settrace(self._trace)
+        if sys.version_info >= (3, 12):
+            events = sys.monitoring.events.INSTRUCTION
+            sys.monitoring.use_tool_id(TOOL, "work")
+            sys.monitoring.register_callback(TOOL, events, self._on_instruction)
+            sys.monitoring.set_events(TOOL, events)
+        else:  # opcode events of settrace are not to be relied on in later versions
+            sys.settrace(self._trace)
         return self
 
     def __exit__(self, *_: object) -> None:
         trace, profile = self._before
-        sys.settrace(trace)
+        if sys.version_info >= (3, 12):
+            sys.monitoring.set_events(TOOL, 0)
+            sys.monitoring.free_tool_id(TOOL)
+        else:
+            sys.settrace(trace)
         sys.setprofile(profile)
+
+    def _on_instruction(self, _code: object, _offset: int) -> None:
+        if not _is_outside(sys._getframe(1)):  # noqa: SLF001
+            self.done += 1
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Trace | None:
         if _is_outside(frame):

@@ -167,10 +167,19 @@ class PeerPolicy:
         if port in self._own_ports and any(self._is_own(one, port) for one in spellings):
             where = format_endpoint(text, port)
             return Refusal(OWN_RELAY, f"{where} is this relay itself; nothing allows it")
-        for spelling in spellings:
-            refusal = self._host_refusal(spelling)
-            if refusal is not None:
-                return refusal
+        for family, number in spellings:
+            packed = number.to_bytes(4 if family is Family.IPV4 else 16, "big")
+            if packed in self._own_hosts and not _is_loopback((family, number)):
+                refusal = self._own_host_refusal((family, number))
+                if refusal is not None:
+                    return refusal
+                continue
+            for shift, rules in self._rules[family]:  # the longest prefix first
+                prefix = number >> shift
+                if prefix in rules:
+                    if rules[prefix] is not None:
+                        return rules[prefix]
+                    break
         return None
 
     def _is_own(self, host: Host, port: int) -> bool:
@@ -182,19 +191,8 @@ class PeerPolicy:
             return False
         return number == 0 or _is_loopback(host) or _packed(host) in self._own_hosts
 
-    def _host_refusal(self, host: Host) -> Refusal | None:
-        """Say what the longest rule for a host has against it, if anything."""
-        family, number = host
-        if _packed(host) in self._own_hosts and not _is_loopback(host):
-            return self._own_host_refusal(host)
-        for shift, rules in self._rules[family]:
-            prefix = number >> shift
-            if prefix in rules:
-                return rules[prefix]
-        return None
-
     def _own_host_refusal(self, host: Host) -> Refusal | None:
-        """Do the same for an address of this host, for which no wider rule counts."""
+        """Say what there is against an address of this host, for which no wider rule counts."""
         family, number = host
         for shift, rules in self._rules[family][:1]:
             if not shift and number in rules:
