@@ -11,7 +11,7 @@ from relay.stun.const import HEADER_SIZE, ErrorCode
 from relay.stun.raw import TLV, RawMessage
 from relay.turn.auth import NONCE_LIFETIME, NONCE_SIZE, REALM, Authenticator, AuthFailure
 from relay.turn.commands import ClientAddress
-from relay.turn.request import Refused, Request, require_known_attributes
+from relay.turn.request import Proof, Refused, Request, require_known_attributes
 
 logger = logging.getLogger("relay.turn")
 
@@ -45,17 +45,18 @@ class Admission:
         self._authenticator.remember(username, key)
         return key
 
-    def proves_address(self, datagram: bytes, client: ClientAddress) -> bool:
-        """Tell if a request holds a nonce that was sent to the address it says to be from.
+    def proof_of_address(self, datagram: bytes, client: ClientAddress) -> Proof | None:
+        """Return a nonce in a request that was sent to the address it says to be from, if any.
 
         Cheap where there is none: nothing is taken apart. A nonce of ours proves as much wherever
         it lies, and however old it is.
         """
         at = datagram.find(_NONCE_HEADER, HEADER_SIZE)
         if at < 0:
-            return False
+            return None
         nonce = datagram[at + 4 : at + 4 + NONCE_SIZE]
-        return self._authenticator.nonce_issued(nonce, client) is not None
+        issued = self._authenticator.nonce_issued(nonce, client)
+        return None if issued is None else (nonce, issued)
 
     def admit(self, request: Request) -> None:
         """Note who signed the request. Raises Refused, or UndecodableAttribute."""
@@ -68,7 +69,12 @@ class Admission:
         nonce = message.get(Attr.NONCE)
         if nonce is None:
             raise Refused(ErrorCode.UNAUTHORIZED, "no nonce")
-        issued = self._authenticator.nonce_issued(nonce, request.client)
+        # As a rule that is the nonce which has been looked at: its MAC need not be made again.
+        proof = request.proof
+        if proof is not None and proof[0] == nonce:
+            issued: int | None = proof[1]
+        else:
+            issued = self._authenticator.nonce_issued(nonce, request.client)
         if issued is None or int(request.now) - issued > NONCE_LIFETIME:
             self.failures[AuthFailure.STALE_NONCE] += 1
             raise Refused(ErrorCode.STALE_NONCE, "nonce not from here, or too old")

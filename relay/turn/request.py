@@ -26,6 +26,10 @@ Attributes = list[AttributeValue]
 """What an answer is to hold, in order."""
 
 
+Proof = tuple[bytes, int]
+"""A nonce that was sent to the address of a request, and when, in monotonic seconds."""
+
+
 @dataclass(slots=True)
 class Request:
     """A request: what was asked, by whom, and when."""
@@ -35,6 +39,7 @@ class Request:
     key: bytes | None  # of the user it claims to be from, if it is signed with that
     now: float  # monotonic seconds
     unix_now: float
+    proof: Proof | None = None  # that its address is not forged
     user: str = ""  # once it is admitted: who that is, see Authenticator.user_of
     nonce_issued: int = 0  # and when its nonce was issued, in monotonic seconds
 

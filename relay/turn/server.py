@@ -89,11 +89,11 @@ class Server:
         if allocation is not None and allocation.budget.is_spent(now):
             return Drop.CLIENT_RATE
         limiter, source = self._limiter, None
-        is_proven = self._admission.proves_address(datagram, client)
-        if allocation is not None and is_proven:
+        proof = self._admission.proof_of_address(datagram, client)
+        if allocation is not None and proof is not None:
             allocation.budget.spend(now)
         else:
-            source = limiter.source(client[0][0], is_proven=is_proven)
+            source = limiter.source(client[0][0], is_proven=proof is not None)
             over = limiter.refusal(source, now)
             if over is not None:
                 return over
@@ -113,7 +113,7 @@ class Server:
         if source is not None and message.integrity_offset is not None:
             limiter.count(source, SIGNATURE, now)
         key = self._admission.signing_key(message)
-        self._serve(Request(message, client, key, now, unix_now))
+        self._serve(Request(message, client, key, now, unix_now, proof))
         return None
 
     def handle_port_opened(
