@@ -3,8 +3,9 @@
 A relay on the internet that would send anywhere is a way into the network it stands in
 (RFC 8656 §21.1.7, §21.4), so what is not public is refused unless the operator says otherwise.
 
-The rules are compiled to integers: for each family and length of a prefix, longest first, one
-table from prefix to rule. To check a peer costs a look into each, two dozen at most.
+The rules are compiled to integers: for each family, first bits of an address and length of a
+prefix, longest first, one table from prefix to rule. To check a peer costs a look into each that
+there is for its first bits: a handful for most, a dozen at most.
 """
 
 from collections.abc import Collection, Container, Iterable
@@ -151,8 +152,8 @@ class PeerPolicy:
         rules += [(ip_network(cidr), None) for cidr in allow]
         rules += [(ip_network(cidr), _denied(cidr)) for cidr in deny]
         self._rules = {
-            Family.IPV4: _compile(rules, IPv4Network),
-            Family.IPV6: _compile(rules, IPv6Network),
+            Family.IPV4: _Rules(rules, IPv4Network),
+            Family.IPV6: _Rules(rules, IPv6Network),
         }
         self._own = {(_host(host), port) for host, port in own}
         self._own_ports = {port for _, port in own}
@@ -174,7 +175,7 @@ class PeerPolicy:
                 if refusal is not None:
                     return refusal
                 continue
-            for shift, rules in self._rules[family]:  # the longest prefix first
+            for shift, rules in self._rules[family].about(number):  # the longest prefix first
                 prefix = number >> shift
                 if prefix in rules:
                     if rules[prefix] is not None:
@@ -194,28 +195,46 @@ class PeerPolicy:
     def _own_host_refusal(self, host: Host) -> Refusal | None:
         """Say what there is against an address of this host, for which no wider rule counts."""
         family, number = host
-        for shift, rules in self._rules[family][:1]:
+        for shift, rules in self._rules[family].about(number):
             if not shift and number in rules:
                 return rules[number]
         text = unpack_host(_packed(host))
         return Refusal(OWN_HOST, f"{text} is this host; --allow-peer {text} would allow it")
 
 
-_Rules = list[tuple[int, dict[int, Refusal | None]]]
+_Tables = list[tuple[int, dict[int, Refusal | None]]]
 """By how many bits follow the prefix, fewest first: what is against a prefix; None allows it."""
 
 
-def _compile(
-    rules: Iterable[tuple[IPv4Network | IPv6Network, Refusal | None]],
-    kind: type[IPv4Network] | type[IPv6Network],
-) -> _Rules:
-    """Sort the rules for networks of one *kind* into tables."""
-    tables: dict[int, dict[int, Refusal | None]] = {}
-    for network, rule in rules:
-        if isinstance(network, kind):
-            shift = network.max_prefixlen - network.prefixlen
-            tables.setdefault(shift, {})[int(network.network_address) >> shift] = rule
-    return sorted(tables.items())
+class _Rules:
+    """The rules for one family, by the first bits of an address."""
+
+    __slots__ = ("_by_start", "_shift", "_wide")
+
+    def __init__(
+        self,
+        rules: Iterable[tuple[IPv4Network | IPv6Network, Refusal | None]],
+        kind: type[IPv4Network] | type[IPv6Network],
+    ) -> None:
+        """Take those of the *rules* that are for networks of one *kind*."""
+        bits, start_bits = (32, 8) if kind is IPv4Network else (128, 16)
+        self._shift = bits - start_bits
+        wide: dict[int, dict[int, Refusal | None]] = {}  # prefixes with fewer bits than a start has
+        by_start: dict[int, dict[int, dict[int, Refusal | None]]] = {}
+        for network, rule in rules:
+            if isinstance(network, kind):
+                number, shift = int(network.network_address), bits - network.prefixlen
+                is_wide = shift > self._shift
+                tables = wide if is_wide else by_start.setdefault(number >> self._shift, {})
+                tables.setdefault(shift, {})[number >> shift] = rule
+        self._wide: _Tables = sorted(wide.items())
+        self._by_start: dict[int, _Tables] = {
+            start: sorted(tables.items()) + self._wide for start, tables in by_start.items()
+        }
+
+    def about(self, number: int) -> _Tables:
+        """Return the tables in which there may be a rule for an address."""
+        return self._by_start.get(number >> self._shift, self._wide)
 
 
 _PORT_ZERO: Final = Refusal(PORT_ZERO, "port 0 cannot be sent to")
