@@ -16,11 +16,13 @@ that are read together at the first of every fourth lot.
 
 import errno
 import socket
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from relay.net.buffers import BufferGiver, Overflows, log_buffers, set_buffers
+from relay.net.icmp import ErrorQueue, TakeError
 from relay.net.offload import SEGMENT_ROOM, Offload, SegmentSender, segment_size
 from relay.net.reactor import Reactor
 from relay.net.tos import LOW_BYTE, MARKS, ROOM, CopyTos, report_tos
@@ -47,7 +49,9 @@ PORT_BUFFER: Final = 256 << 10
 
 _IP_MTU_DISCOVER: Final = 10  # <linux/in.h>; the socket module lacks them
 _IPV6_MTU_DISCOVER: Final = 23  # <linux/in6.h>
+_PMTUDISC_PROBE: Final = 3
 _PMTUDISC_OMIT: Final = 5
+_IPV6_DONTFRAG: Final = (socket.IPPROTO_IPV6, 62, struct.pack("i", 1))
 
 # How the kernel usually refuses a datagram. Others can come, under their own names.
 USUAL_LOSSES: Final = tuple(
@@ -160,7 +164,7 @@ class UdpDestination:
             else:
                 self._sendto(datagram, self._address)
         except OSError as error:
-            return self._count_loss(error)
+            return self._on_failure(error, self._transmit, datagram, tos)
         return True
 
     def send_many(
@@ -169,10 +173,75 @@ class UdpDestination:
         """Send many datagrams, as :meth:`SegmentSender.send` does."""
         return self._segments.send(pieces, each, size, self._address, self._marks[tos])
 
+    def _transmit(self, datagram: memoryview | bytes, tos: int) -> None:
+        """Send one datagram. Raises OSError."""
+        self._sock.sendmsg((datagram,), self._marks[tos], 0, self._address)
+
+    def _on_failure(
+        self, error: OSError, _transmit: "Transmit", _datagram: memoryview | bytes, _tos: int
+    ) -> bool:
+        """Go on after a failure to send; return whether the datagram was sent after all."""
+        return self._count_loss(error)
+
     def _count_loss(self, error: OSError) -> bool:
         """Count a datagram that the kernel did not take; return that it was not sent."""
         self._lost(f"send_{errno_name(error)}")
         return False
+
+
+Transmit = Callable[[memoryview | bytes, int], None]
+"""Sends a datagram with a TOS. Raises OSError."""
+
+
+class PortDestination(UdpDestination):
+    """A peer, reached from a relay port."""
+
+    __slots__ = ("_port",)
+
+    def __init__(
+        self,
+        port: "PortSocket",
+        sock: socket.socket,
+        segments: SegmentSender,
+        address: SocketAddress,
+    ) -> None:
+        super().__init__(sock, segments, address, port.lost)
+        self._port = port
+
+    def send_whole(self, datagram: memoryview | bytes, tos: int = 0) -> bool:
+        """Send one datagram that is not to be fragmented on its way, or count it as lost."""
+        try:
+            self._transmit_whole(datagram, tos)
+        except OSError as error:
+            return self._on_failure(error, self._transmit_whole, datagram, tos)
+        return True
+
+    def _transmit_whole(self, datagram: memoryview | bytes, tos: int) -> None:
+        """Send one datagram with DF, or as what IPv6 has instead. Raises OSError."""
+        sock, marks = self._sock, self._marks[tos]
+        if sock.family == socket.AF_INET6:
+            sock.sendmsg((datagram,), (*marks, _IPV6_DONTFRAG), 0, self._address)
+            return
+        # Linux has no control message for it.
+        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+        try:
+            sock.sendmsg((datagram,), marks, 0, self._address)
+        finally:
+            never_set_df(sock)
+
+    def _on_failure(
+        self, error: OSError, transmit: Transmit, datagram: memoryview | bytes, tos: int
+    ) -> bool:
+        """Send again what failed only because of an ICMP error about an earlier datagram."""
+        if self._port.drain_errors(self._address):
+            try:
+                transmit(datagram, tos)
+            except OSError as again:
+                self._port.drain_errors(self._address)
+                error = again
+            else:
+                return True
+        return self._count_loss(error)
 
 
 class UdpReader:
@@ -188,6 +257,7 @@ class UdpReader:
     # are, which is worth half a microsecond per datagram.
     __slots__ = (
         "_buffer",
+        "_errors",
         "_local",
         "_local_at",
         "_local_part",
@@ -242,6 +312,7 @@ class UdpReader:
         self._reads_control = False
         if local_part is not None or shared.copy_tos == "on":
             self._read_control()
+        self._errors: ErrorQueue | None = None
         self._singles = 0  # how many are still to be read without looking for more
         self._next_singles = SINGLE_READS  # how many will be, once one comes alone again
         self.hand_to(receiver)
@@ -250,6 +321,10 @@ class UdpReader:
         """Have *receiver* take what is read from here on."""
         self._on_datagram = receiver.on_datagram
         self._on_segments = receiver.on_segments
+
+    def read_errors(self, errors: ErrorQueue) -> None:
+        """Empty the error queue whenever there may be something in it."""
+        self._errors = errors
 
     def expect_segments(self) -> None:
         """Read segments from here on, for the kernel makes them."""
@@ -361,7 +436,10 @@ class UdpReader:
 
     def _pause(self, count: int, error: OSError) -> None:
         """Note what to do next time, as the queue is empty now after *count* reads."""
-        if not isinstance(error, BlockingIOError):
+        is_empty = isinstance(error, BlockingIOError)
+        if self._errors is not None and not (is_empty and count) and self._errors.drain():
+            return
+        if not is_empty:
             self._lost(f"receive_{errno_name(error)}")
         if count == 1:
             self._until_sample = 0
@@ -385,7 +463,7 @@ class UdpReader:
 class PortSocket:
     """A socket that the reactor reads until it is closed."""
 
-    __slots__ = ("_lost", "_overflows", "_reactor", "_segments", "_sock", "reader")
+    __slots__ = ("_errors", "_overflows", "_reactor", "_segments", "_sock", "lost", "reader")
 
     def __init__(
         self,
@@ -398,7 +476,8 @@ class PortSocket:
         """Own *sock*, and have *reactor* read it. *overflows* counts what finds its queue full."""
         self._sock = sock
         self._overflows = overflows
-        self._lost = shared.lost
+        self._errors: ErrorQueue | None = None
+        self.lost = shared.lost
         self._segments = SegmentSender(sock, shared.offload)
         self._reactor = reactor
         self.reader = UdpReader(sock, shared, receiver)
@@ -406,13 +485,23 @@ class PortSocket:
         if overflows is not None:
             overflows.watch(sock)
 
-    def reach(self, address: SocketAddress) -> UdpDestination:
+    def reach(self, address: SocketAddress) -> PortDestination:
         """Return how to send to *address* from here."""
-        return UdpDestination(self._sock, self._segments, address, self._lost)
+        return PortDestination(self, self._sock, self._segments, address)
 
     def look_for_marks(self) -> None:
         """Look at the next datagrams for DSCP and ECN."""
         self.reader.look_for_marks()
+
+    def report_errors(self, take: TakeError) -> None:
+        """Call ``take(peer, icmp)`` for each ICMP error about what was sent from here."""
+        if self._errors is None:
+            self._errors = ErrorQueue(self._sock, take)
+            self.reader.read_errors(self._errors)
+
+    def drain_errors(self, to: SocketAddress) -> bool:
+        """Read ICMP errors after a failure to send *to* somebody; return whether there were any."""
+        return self._errors is not None and self._errors.drain(to)
 
     def close(self) -> None:
         """Stop reading at once; the port is given back after the present batch of events."""
