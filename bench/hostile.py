@@ -356,6 +356,17 @@ def ipv6_permissions(relay: Scenario, _: Client) -> Iterator[Datagram]:
         yield client.signed(Method.CREATE_PERMISSION, *hosts), client.address
 
 
+def new_ipv6_permissions(relay: Scenario, _: Client) -> Iterator[Datagram]:
+    """CreatePermission for others each time, until there are as many as there may be."""
+    client = relay.client("192.0.2.69:5000")
+    client.allocates((Attr.REQUESTED_ADDRESS_FAMILY, Family.IPV6), lifetime=3600)
+    for number in endless():
+        hosts = [
+            (Attr.XOR_PEER_ADDRESS, (f"2600::{number:x}:{at:x}", 9000)) for at in range(MAX_PEERS)
+        ]
+        yield client.signed(Method.CREATE_PERMISSION, *hosts), client.address
+
+
 def refreshes(_: Scenario, mallory: Client) -> Iterator[Datagram]:
     for _number in endless():
         yield mallory.signed(Method.REFRESH, (Attr.LIFETIME, 3600)), mallory.address
@@ -403,6 +414,7 @@ FLOODS: Final = (
     Flood("unsigned Allocate, addresses spoofed", spoofed_allocates, from_strangers=True),
     Flood("CreatePermission with 16 peers", permissions(MAX_PEERS)),
     Flood("CreatePermission with 16 IPv6 peers", ipv6_permissions),
+    Flood("CreatePermission with 16 new IPv6 peers", new_ipv6_permissions),
     Flood("CreatePermission with 150 peers", permissions(150)),
     Flood("Refresh", refreshes),
     Flood("ChannelBind that is refused", refused_binds),

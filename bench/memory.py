@@ -68,7 +68,7 @@ class Idle:
         began = time.monotonic()
         self._reactor = Reactor(clock=lambda: START + time.monotonic() - began)
         workspace = Workspace(self.counters)
-        self._buffer = workspace.buffer
+        self._buffer = workspace.for_clients
         self._datapath = DataPath(
             self.scenario.server,
             workspace,

@@ -14,6 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from relay.datapath.datapath import DataPath
 from relay.datapath.destination import Pieces
 from relay.datapath.workspace import Workspace
+from relay.net.icmp import TakeError
 from relay.net.udp import Receiver
 from relay.observe.counters import Counters
 from relay.stun.attributes import Attr
@@ -104,7 +105,14 @@ class Nothing:
     def look_for_marks(self) -> None:
         """Do nothing."""
 
+    def report_errors(self, take: TakeError) -> None:
+        """Do nothing."""
+
     def send(self, datagram: memoryview | bytes, tos: int = 0) -> bool:  # noqa: ARG002
+        """Do nothing."""
+        return True
+
+    def send_whole(self, datagram: memoryview | bytes, tos: int = 0) -> bool:  # noqa: ARG002
         """Do nothing."""
         return True
 
@@ -123,7 +131,7 @@ class Table:
         relay = Scenario()
         self.counters = Counters()
         workspace = Workspace(self.counters)
-        self.buffer = workspace.buffer
+        self.buffer = workspace.for_clients
         self.clients: list[ClientAddress] = []
         self.ports: list[Receiver] = []
         self.datapath = DataPath(

@@ -168,6 +168,7 @@ def _metric_lines() -> Iterator[str]:
         slow_iterations=0,
         allocations=0,
         channels=0,
+        permissions=0,
         portal_connected=True,
         portal_reconnects=0,
         responses={("method", "code"): 1},

@@ -39,7 +39,13 @@ from relay.portal.phoenix import PortalEvent
 from relay.stun.address import family_of, format_endpoint
 from relay.stun.const import Family
 from relay.turn.auth import Authenticator, AuthFailure
-from relay.turn.commands import BindChannel, ClientAddress, Drop, UnbindChannel
+from relay.turn.commands import (
+    BindChannel,
+    ClientAddress,
+    Drop,
+    InstallPermissions,
+    UnbindChannel,
+)
 from relay.turn.peers import RULES, PeerPolicy
 from relay.turn.server import Server
 from relay.turn.settings import Settings
@@ -121,7 +127,7 @@ def assemble(
     descriptors = raise_descriptor_limit()
 
     offload = Offload(wanted=config.offload)
-    workspace = Workspace(counters)
+    workspace = Workspace(counters, rng.getrandbits(96))
     listeners = _listeners(config, workspace, offload)
     listening = [sock for listener in listeners.values() for sock in listener.sockets]
     max_sockets = descriptors - _other_descriptors(config, len(listening))
@@ -200,8 +206,10 @@ def settings_of(config: Config, max_sockets: int) -> Settings:
         max_allocations=config.max_allocations or len(config.ports),
         max_sockets=max_sockets,
         max_channels=MAX_CHANNELS,
+        max_permissions=MAX_CHANNELS,
         channel_numbers=config.channel_numbers,
         one_allocation_per_username=config.allows_takeover,
+        send_indications=config.serves_send_indications,
         max_allocations_per_username=quotas.allocations_per_user,
         max_allocations_per_ip=quotas.allocations_per_ip,
         max_channels_per_allocation=quotas.channels_per_allocation,
@@ -245,7 +253,7 @@ def _listeners(
         handed_over = inherited_listeners(config.listen_port)
     except systemd.ActivationError as error:
         raise ConfigError(f"systemd: {error}") from error
-    shared = Shared(workspace.view, workspace.counters.lost, offload, config.copy_tos)
+    shared = Shared(workspace.for_clients, workspace.counters.lost, offload, config.copy_tos)
     receiver = NotServing(workspace)
     listeners: dict[Family, ListeningSocket] = {}
     for family in [family for family in config.bind_hosts if family in handed_over]:
@@ -285,7 +293,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> DaemonError:
 
 
 class _MarkWatcher:
-    """Has the sockets for clients look for DSCP and ECN whenever a channel is bound."""
+    """Has the sockets for clients look for DSCP and ECN whenever a flow may begin."""
 
     def __init__(self, listeners: dict[Family, ListeningSocket]) -> None:
         self._listeners = listeners
@@ -296,6 +304,10 @@ class _MarkWatcher:
 
     def unbinding(self, unbind: UnbindChannel) -> None:
         """Expect nothing."""
+
+    def permitted(self, install: InstallPermissions) -> None:
+        """Expect data from a client."""
+        self._listeners[family_of(install.client[0][0])].look_for_marks()
 
 
 def _reach_client(listeners: dict[Family, ListeningSocket], client: ClientAddress) -> Destination:

@@ -82,6 +82,11 @@ def _print_config(command: Command) -> None:
     for name, given, effective in (
         ("refused-peers", config.ignore_refused_peers, _refusal(config)),
         (
+            "send-indications",
+            config.send_indications,
+            str(config.serves_send_indications).lower(),
+        ),
+        (
             "one-allocation-per-username",
             config.one_allocation_per_username,
             str(config.allows_takeover).lower(),

@@ -17,6 +17,7 @@ QUIET = Status(
     slow_iterations=0,
     allocations=0,
     channels=0,
+    permissions=0,
     portal_connected=None,
     portal_reconnects=0,
     responses={},

@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 from relay.datapath.datapath import DataPath
 from relay.datapath.destination import Pieces
 from relay.datapath.workspace import Workspace
+from relay.net.icmp import Icmp, TakeError
 from relay.net.udp import Receiver
 from relay.observe.counters import Counters
 from relay.stun import integrity
@@ -30,7 +31,7 @@ from relay.stun.attributes import Attr, Attribute
 from relay.stun.const import UDP_PROTOCOL, Family, Kind, Method
 from relay.stun.message import Message, Received, decode
 from relay.turn.auth import REALM, Authenticator, mint
-from relay.turn.channeldata import HEADER, HEADER_SIZE, RFC8656_NUMBERS
+from relay.turn.channeldata import HEADER, RFC8656_NUMBERS
 from relay.turn.commands import ClientAddress, PeerAddress
 from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server
@@ -58,6 +59,8 @@ class Scenario:
         max_allocations: int = 100_000,
         max_sockets: int = 100_000,
         max_channels: int = 100_000,
+        max_permissions: int = 100_000,
+        send_indications: bool = True,
         channel_numbers: range = RFC8656_NUMBERS,
         one_allocation_per_username: bool = False,
         max_allocations_per_username: int | None = None,
@@ -85,6 +88,8 @@ class Scenario:
             max_allocations=max_allocations,
             max_sockets=max_sockets,
             max_channels=max_channels,
+            max_permissions=max_permissions,
+            send_indications=send_indications,
             channel_numbers=channel_numbers,
             one_allocation_per_username=one_allocation_per_username,
             max_allocations_per_username=max_allocations_per_username,
@@ -103,7 +108,7 @@ class Scenario:
             now=self.time.now,
         )
         workspace = Workspace(self.counters)
-        self._buffer = workspace.buffer
+        self._from_clients, self._from_peers = workspace.for_clients, workspace.for_peers
         self.datapath = DataPath(
             self.server,
             workspace,
@@ -139,20 +144,25 @@ class Scenario:
         dropped, self.counters.dropped = dict(self.counters.dropped), Counter()
         return dropped
 
+    @property
+    def buffer(self) -> memoryview:
+        """What clients' datagrams are read to."""
+        return self._from_clients
+
     def receives_from_client(self, datagram: bytes, client: ClientAddress, tos: int = 0) -> None:
         self.serves(datagram, client, tos)
         self.server.check()
 
     def serves(self, datagram: bytes, client: ClientAddress, tos: int = 0) -> None:
         """Receive a datagram, and nothing more: what this takes is the relay's work."""
-        self._buffer[: len(datagram)] = datagram
+        self._from_clients[: len(datagram)] = datagram
         self.datapath.clients.on_datagram(len(datagram), client, tos)
 
     def receives_segments_from_client(
         self, segments: bytes, segment: int, client: ClientAddress, tos: int = 0
     ) -> None:
         """Receive datagrams of *segment* bytes, the last perhaps shorter, in one read."""
-        self._buffer[: len(segments)] = segments
+        self._from_clients[: len(segments)] = segments
         self.datapath.clients.on_segments(len(segments), segment, client, tos)
         self.server.check()
 
@@ -162,8 +172,15 @@ class Scenario:
         host, port = to
         sock = self.network.sockets.get((family_of(host), port))
         if sock is not None:
-            self._buffer[HEADER_SIZE : HEADER_SIZE + len(segments)] = segments
+            self._from_peers[: len(segments)] = segments
             sock.receiver.on_segments(len(segments), segment, peer, tos)
+
+    def hears_of_error(self, icmp: Icmp, about: PeerAddress, source: Address) -> None:
+        """The network refuses what was sent from a relayed address, *source*, to a peer."""
+        host, port = source
+        sock = self.network.sockets[family_of(host), port]
+        if sock.take_error is not None:  # else nobody has asked for errors
+            sock.take_error(about, icmp)
 
     def receives_from_peer(
         self, datagram: bytes, peer: PeerAddress, to: Address, tos: int = 0
@@ -172,7 +189,7 @@ class Scenario:
         assert host in self.public_hosts.values()
         sock = self.network.sockets.get((family_of(host), port))
         if sock is not None:  # else the kernel has nobody to give it to
-            self._buffer[HEADER_SIZE : HEADER_SIZE + len(datagram)] = datagram
+            self._from_peers[: len(datagram)] = datagram
             sock.receiver.on_datagram(len(datagram), peer, tos)
 
     def drain(self) -> None:
@@ -236,10 +253,21 @@ class Client:
         assert answer.code is None, answer
         return self
 
+    def permits(self, *peers: "Peer | Address") -> Self:
+        """Install permissions, successfully."""
+        answer = self.tries_to_permit(*peers)
+        assert answer.code is None, answer
+        return self
+
+    def tries_to_permit(self, *peers: "Peer | Address") -> "Answer":
+        values = [(Attr.XOR_PEER_ADDRESS, _address(peer)) for peer in peers]
+        return self.asks(Method.CREATE_PERMISSION, *values)
+
     def tries_to_bind(self, number: int, peer: "Peer | Address") -> "Answer":
-        address = peer.address if isinstance(peer, Peer) else peer
         return self.asks(
-            Method.CHANNEL_BIND, (Attr.CHANNEL_NUMBER, number), (Attr.XOR_PEER_ADDRESS, address)
+            Method.CHANNEL_BIND,
+            (Attr.CHANNEL_NUMBER, number),
+            (Attr.XOR_PEER_ADDRESS, _address(peer)),
         )
 
     def asks(
@@ -278,6 +306,10 @@ class Client:
     def sends(self, datagram: bytes) -> None:
         """Send a datagram."""
         self._relay.receives_from_client(datagram, self.address)
+
+    def indicates(self, peer: "Peer | Address", payload: bytes, *attributes: "Value") -> None:
+        """Send a Send indication."""
+        self.sends(send_indication(_address(peer), payload, *attributes))
 
     def sends_data(self, number: int, payload: bytes, padding: bytes = b"") -> None:
         self.sends(channel_data(number, payload) + padding)
@@ -335,6 +367,38 @@ Value = tuple[Attribute[Any], Any]
 def request(method: int, *attributes: Value, transaction_id: bytes | None = None) -> Message:
     """A request, with a transaction id that no other has unless one is given."""
     return Message(Kind.REQUEST, method, transaction_id or _next_id(), list(attributes))
+
+
+def send_indication(peer: Address, payload: bytes, *attributes: Value) -> bytes:
+    """A Send indication: peer, payload, and whatever else is given."""
+    values: list[Value] = [(Attr.XOR_PEER_ADDRESS, peer), (Attr.DATA, payload), *attributes]
+    return Message(Kind.INDICATION, Method.SEND, _next_id(), values).encode()
+
+
+@dataclass(frozen=True)
+class Indicated:
+    """What a client hears in a Data indication."""
+
+    client: ClientAddress
+    peer: Address
+    payload: bytes | None = None
+    icmp: Icmp | None = None
+
+
+def indicated(sent: "Iterable[ToClient | ToPeer]") -> list[Indicated]:
+    """Read Data indications that were sent; nothing else may have been, and be in them."""
+    found = []
+    for one in sent:
+        assert isinstance(one, ToClient)
+        assert len(one.datagram) % 4 == 0
+        message = decode(one.datagram).message
+        assert (message.kind, message.method) == (Kind.INDICATION, Method.DATA)
+        assert len(message.attributes) == 2
+        peer = message.get(Attr.XOR_PEER_ADDRESS)
+        assert peer is not None
+        data, icmp = message.get(Attr.DATA), message.get(Attr.ICMP)
+        found.append(Indicated(one.client, peer, data, icmp))
+    return found
 
 
 def channel_data(number: int, payload: bytes) -> bytes:
@@ -401,6 +465,7 @@ class Network:
 
     def __init__(self) -> None:
         self.sent: list[ToClient | ToPeer] = []
+        self.whole: list[ToClient | ToPeer] = []  # those of them that were not to be fragmented
         self.tos: list[int] = []  # the octet of DSCP and ECN of each datagram that was sent
         self.sockets: dict[tuple[Family, int], FakeSocket] = {}
         self.tried: list[int] = []  # every port that was to be opened, in order
@@ -434,6 +499,7 @@ class FakeSocket:
         self._family = family
         self._port = port
         self.receiver = receiver
+        self.take_error: TakeError | None = None  # once somebody wants to hear of ICMP errors
 
     def reach(self, peer: PeerAddress) -> "FakeDestination":
         assert family_of(peer[0]) is self._family
@@ -441,6 +507,9 @@ class FakeSocket:
 
     def look_for_marks(self) -> None:
         pass
+
+    def report_errors(self, take: TakeError) -> None:
+        self.take_error = take
 
     def close(self) -> None:
         assert self._network.sockets.pop((self._family, self._port)) is self
@@ -464,6 +533,12 @@ class FakeDestination:
         self._network.sent.append(self._arrive(bytes(datagram)))
         return True
 
+    def send_whole(self, datagram: memoryview | bytes, tos: int = 0) -> bool:
+        is_sent = self.send(datagram, tos)
+        if is_sent:
+            self._network.whole.append(self._network.sent[-1])
+        return is_sent
+
     def send_many(self, pieces: Pieces, each: int, size: int, tos: int = 0) -> int:
         """Cut as UDP_SEGMENT does: it knows nothing of pieces."""
         network = self._network
@@ -477,6 +552,10 @@ class FakeDestination:
         network.sent += map(self._arrive, datagrams)
         network.tos += [tos] * len(datagrams)
         return len(datagrams)
+
+
+def _address(peer: Peer | Address) -> Address:
+    return peer.address if isinstance(peer, Peer) else peer
 
 
 def _peer_policy(allow: Iterable[str], deny: Iterable[str]) -> PeerPolicy:

@@ -56,6 +56,7 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     ),
     "print-credential": (("true", True), ("false", False)),
     "one-allocation-per-username": (("true", True), ("false", False)),
+    "send-indications": (("true", True), ("false", False)),
     "max-allocations": (("1", 1), ("100000", 100000)),
     "refused-peers": (("error", False), ("ignore", True)),
     "max-allocations-per-username": (("1", 1), ("3", 3)),
@@ -97,6 +98,7 @@ BAD: Final = {
     "refused-peers": "maybe",
     "print-credential": "maybe",
     "one-allocation-per-username": "maybe",
+    "send-indications": "maybe",
     "max-allocations": "0",
     "max-allocations-per-username": "none",
     "max-allocations-per-ip": "-1",
@@ -165,6 +167,7 @@ def test_what_is_not_given_has_its_default() -> None:
     assert config.max_allocations is None
     assert config.quotas == Quotas(256, 1024, 256)
     assert config.ignores_refused_peers is False
+    assert config.serves_send_indications is True
     assert (config.unauthenticated_rate, config.unauthenticated_rate_per_prefix) == (15000, 2000)
     assert (config.http_addr, config.http_addr_given) == (("127.0.0.1", 8080), False)
     assert config.harden == "auto"
@@ -906,6 +909,7 @@ def test_what_depends_on_a_token_is_printed_without_one_too(cli: "Cli") -> None:
 
     assert printed.endswith(
         "# refused-peers = error (default without a token)\n"
+        "# send-indications = true (default without a token)\n"
         "# one-allocation-per-username = false (default without a token)\n"
         "# max-allocations-per-username = 256 (default without a token)\n"
         "# max-allocations-per-ip = 1024 (default without a token)\n"
@@ -929,6 +933,7 @@ def test_with_a_token_nobody_is_limited_to_a_share() -> None:
 
     assert config.quotas == Quotas(None, None, None)
     assert config.ignores_refused_peers is True
+    assert config.serves_send_indications is False
     given = reads("--token-file=secret", "--max-channels-per-allocation=9").config
     assert given.quotas == Quotas(None, None, 9)
 

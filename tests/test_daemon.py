@@ -78,7 +78,7 @@ def test_it_goes_on_where_it_was_stopped(relay: RelayProcess) -> None:
 def test_under_a_flood_of_unauthenticated_datagrams_everyone_else_is_served(
     relay: RelayProcess,
 ) -> None:
-    with client_of(relay) as alice, Peer() as bob, Peer() as mallory:
+    with client_of(relay) as alice, Peer() as bob, Peer(host="127.0.0.2") as mallory:
         relayed_address = alice.allocates()
         alice.binds(0x4000, bob.address)
         for number in range(50):

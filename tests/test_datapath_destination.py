@@ -14,11 +14,12 @@ from relay.net.udp import Shared, UdpDestination, bind_udp
 from tests.scenario import Scenario, ToClient, channel_data
 
 Arrived = Callable[[int], list[bytes]]
+Buffer = bytearray | memoryview
 """Returns so many payloads that have arrived."""
 
 
 @pytest.fixture(params=["bound", "wildcard", "hairpin"])
-def way(request: pytest.FixtureRequest) -> Iterator[tuple[Destination, Arrived, bytearray]]:
+def way(request: pytest.FixtureRequest) -> Iterator[tuple[Destination, Arrived, Buffer]]:
     """A destination, what arrives there, and the buffer that sockets read into."""
     with ExitStack() as stack:
         if request.param == "hairpin":
@@ -27,7 +28,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[tuple[Destination, Arrived, 
             yield by_udp(request.param, stack)
 
 
-def by_udp(kind: str, stack: ExitStack) -> tuple[Destination, Arrived, bytearray]:
+def by_udp(kind: str, stack: ExitStack) -> tuple[Destination, Arrived, Buffer]:
     buffer = bytearray(100)
     shared = Shared(memoryview(buffer), fail, Offload(wanted=True))
     somebody = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
@@ -45,7 +46,7 @@ def by_udp(kind: str, stack: ExitStack) -> tuple[Destination, Arrived, bytearray
     return destination, lambda count: [somebody.recv(65536) for _ in range(count)], buffer
 
 
-def by_hairpin() -> tuple[Destination, Arrived, bytearray]:
+def by_hairpin() -> tuple[Destination, Arrived, Buffer]:
     relay = Scenario()
     alice = relay.client("192.0.2.10:5000").allocates()
     bob = relay.client("192.0.2.11:5000").allocates()
@@ -63,10 +64,10 @@ def by_hairpin() -> tuple[Destination, Arrived, bytearray]:
         assert frames == [channel_data(0x4002, payload) for payload in payloads]
         return payloads
 
-    return destination, arrived, relay._buffer
+    return destination, arrived, relay.buffer
 
 
-def test_what_is_given_is_sent(way: tuple[Destination, Arrived, bytearray]) -> None:
+def test_what_is_given_is_sent(way: tuple[Destination, Arrived, Buffer]) -> None:
     """And not what the buffer happens to hold: that is somebody else's."""
     destination, arrived, buffer = way
     buffer[:20] = b"S" * 20
@@ -75,7 +76,7 @@ def test_what_is_given_is_sent(way: tuple[Destination, Arrived, bytearray]) -> N
         assert arrived(1) == [bytes(datagram)]
 
 
-def test_of_many_too(way: tuple[Destination, Arrived, bytearray]) -> None:
+def test_of_many_too(way: tuple[Destination, Arrived, Buffer]) -> None:
     destination, arrived, buffer = way
     buffer[:20] = b"S" * 20
     pieces: Pieces = [b"he", b"llo", b"al", b"ice", b"b", b"ob"]

@@ -31,7 +31,7 @@ def ports(reactor: Reactor) -> RelayPorts:
     workspace = Workspace(Counters())
     shared = Shared(workspace.for_peers, workspace.counters.lost, Offload(wanted=True))
     opener = PortOpener(reactor, {int(f): host for f, host in HOSTS.items()}, shared)
-    return RelayPorts(workspace, opener.open, lambda host: host in HOSTS.values())
+    return RelayPorts(workspace, opener.open, lambda host: host in HOSTS.values(), reactor.clock)
 
 
 def test_nothing_of_a_port_is_left_to_the_garbage_collector(

@@ -4,7 +4,13 @@ import pytest
 
 from relay.stun.attributes import Attr
 from relay.stun.const import Family
-from relay.turn.commands import BindChannel, ClientAddress, PeerAddress, UnbindChannel
+from relay.turn.commands import (
+    BindChannel,
+    ClientAddress,
+    InstallPermissions,
+    PeerAddress,
+    UnbindChannel,
+)
 from tests.scenario import Client, Peer, Scenario
 
 Route = tuple[ClientAddress, int, int, PeerAddress]
@@ -16,6 +22,7 @@ class Watcher:
     def __init__(self, relay: Scenario) -> None:
         self._relay = relay
         self.routes: set[Route] = set()
+        self.permitted_hosts: list[str] = []
         self.sent_before: list[int] = []  # how many datagrams had left at each change
         relay.datapath.routes.watchers.append(self)
 
@@ -30,6 +37,9 @@ class Watcher:
         assert (unbind.client, unbind.number) in self._relay.datapath.routes.to_peer
         self.routes.remove((unbind.client, unbind.number, unbind.port, unbind.peer))
         self.sent_before.append(len(self._relay.network.sent))
+
+    def permitted(self, install: InstallPermissions) -> None:
+        self.permitted_hosts += install.hosts
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_not_every_size_is_remembered() -> None:
 
 def test_a_payload_lies_behind_the_header() -> None:
     workspace = Workspace(Counters())
-    workspace.buffer[:8] = b"headdata"
+    workspace.for_clients[:8] = b"headdata"
 
     assert bytes(workspace.payloads[4]) == bytes(workspace.for_peers[:4]) == b"data"
     assert bytes(workspace.framed[8]) == b"headdata"

@@ -52,7 +52,7 @@ def relay() -> Relay:
 
 def test_state_of_the_relay_is_exported(relay: Relay) -> None:
     relay.status = replace(
-        relay.status, allocations=3, channels=5, loop_lag=0.25, slow_iterations=4
+        relay.status, allocations=3, channels=5, permissions=7, loop_lag=0.25, slow_iterations=4
     )
     relay.counters.bugs = 2
 
@@ -60,6 +60,7 @@ def test_state_of_the_relay_is_exported(relay: Relay) -> None:
 
     assert found["relay_allocations", ""] == 3
     assert found["relay_channels", ""] == 5
+    assert found["relay_permissions", ""] == 7
     assert found["relay_loop_lag_seconds", ""] == 0.25
     assert found["relay_bugs_total", ""] == 2
     assert found["relay_loop_slow_turns_total", ""] == 4

@@ -225,26 +225,6 @@ def test_unknown_attributes_are_named_after_authentication(relay: Scenario, meth
     assert answer.signed
 
 
-@pytest.mark.parametrize(
-    ("attribute_type", "value"),
-    [
-        pytest.param(0x0018, b"\x80", id="EVEN-PORT"),
-        pytest.param(0x001A, b"", id="DONT-FRAGMENT"),
-        pytest.param(0x0022, bytes(8), id="RESERVATION-TOKEN"),
-    ],
-)
-def test_features_that_are_left_out_count_as_unknown(
-    relay: Scenario, attribute_type: int, value: bytes
-) -> None:
-    left_out: Attribute[bytes] = Attribute(attribute_type, "left out", UNKNOWN.coding)
-    answer = relay.client("192.0.2.10:5000").asks(
-        Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL), (left_out, value)
-    )
-
-    assert answer.code == 420
-    assert answer.get(Attr.UNKNOWN_ATTRIBUTES) == (attribute_type,)
-
-
 def test_what_follows_message_integrity_is_ignored(relay: Scenario) -> None:
     """RFC 8489 §14.5: attributes after it are not protected by it."""
     alice = relay.client("192.0.2.10:5000")

@@ -1,6 +1,6 @@
 """Clients, peers and time in any order, against a small model.
 
-The model knows when each allocation and channel ends, and nothing of tables, timers or
+The model knows when each allocation, channel and permission ends, and nothing of tables, timers or
 sockets. After every step relay and model must agree on what is relayed and on which ports
 are open; at the end time passes, and nothing may be left.
 """
@@ -13,11 +13,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Method
-from tests.scenario import Client, Peer, Scenario, ToClient, channel_data, relayed, to
+from tests.scenario import (
+    Client,
+    Indicated,
+    Peer,
+    Scenario,
+    channel_data,
+    indicated,
+    relayed,
+    to,
+)
 
 CLIENTS = [f"192.0.2.10:{port}" for port in (5000, 5001, 5002)]
 USERS = ["alice", "bob"]
-PEERS = [f"198.51.100.7:{port}" for port in (9000, 9001)]
+PEERS = ["198.51.100.7:9000", "198.51.100.7:9001", "198.51.100.8:9000"]
+HOSTS = ["198.51.100.7", "198.51.100.8"]
 NUMBERS = [0x4000, 0x4001]
 PORTS = range(50000, 50004)  # with takeover off, one more than there are clients
 
@@ -34,6 +44,7 @@ class ModelAllocation:
     user: str
     ends: float
     channels: dict[int, ModelChannel] = field(default_factory=dict)
+    permitted_until: dict[str, float] = field(default_factory=dict)  # by host
 
 
 class Model:
@@ -78,7 +89,17 @@ class Model:
         if any(c.peer == peer and n != number for n, c in channels.items()):
             return 400
         channels[number] = ModelChannel(peer, self.now + 600, self.now + 900)
-        return None
+        return self.permits(client, user, host_of(peer))
+
+    def permits(self, client: str, user: str, host: str) -> int | None:
+        code = self._rejects(client, user)
+        if code is None:
+            self.allocations[client].permitted_until[host] = self.now + 300
+        return code
+
+    def is_permitted(self, client: str, host: str) -> bool:
+        allocation = self.allocations.get(client)
+        return allocation is not None and allocation.permitted_until.get(host, 0.0) > self.now
 
     def relays_to(self, client: str, number: int) -> str | None:
         """The peer that a client reaches on a channel number now."""
@@ -142,6 +163,15 @@ class Relay(RuleBasedStateMachine):
         answer = self.clients[address, user].tries_to_bind(number, self.peers[peer])
         assert answer.code == self.model.binds(address, user, number, peer)
 
+    @rule(
+        address=st.sampled_from(CLIENTS),
+        user=st.sampled_from(USERS),
+        host=st.sampled_from(HOSTS),
+    )
+    def permits(self, address: str, user: str, host: str) -> None:
+        answer = self.clients[address, user].tries_to_permit((host, 1))
+        assert answer.code == self.model.permits(address, user, host)
+
     @rule(seconds=st.sampled_from([0.25, 1, 59, 60, 299, 300, 301, 599, 600, 3600]))
     def time_passes(self, seconds: float) -> None:
         self.relay.passes(seconds)
@@ -154,7 +184,7 @@ class Relay(RuleBasedStateMachine):
         assert len(self.relay.network.sockets) == len(live)
 
     @invariant()
-    def exactly_what_is_bound_is_relayed_both_ways(self) -> None:
+    def exactly_what_is_bound_or_permitted_is_relayed_both_ways(self) -> None:
         for address in CLIENTS:
             bound = {}
             holder = self.holders.get(address, self.clients[address, USERS[0]])
@@ -167,11 +197,18 @@ class Relay(RuleBasedStateMachine):
                     assert self.relay.sent() == [relayed(holder, self.peers[peer], b"ping")]
                     bound[peer] = number
             for name in PEERS if address in self.model.allocations else ():
-                self.peers[name].sends(b"pong", to=holder.relayed_address)
-                expected: list[ToClient] = []
+                them = self.peers[name]
+                permitted = self.model.is_permitted(address, host_of(name))
+                them.sends(b"pong", to=holder.relayed_address)
+                sent = self.relay.sent()
                 if name in bound:
-                    expected = [to(holder, channel_data(bound[name], b"pong"))]
-                assert self.relay.sent() == expected
+                    assert sent == [to(holder, channel_data(bound[name], b"pong"))]
+                elif permitted:
+                    assert indicated(sent) == [Indicated(holder.address, them.address, b"pong")]
+                else:
+                    assert sent == []
+                holder.indicates(them, b"ping")
+                assert self.relay.sent() == [relayed(holder, them, b"ping")] * permitted
 
     @invariant()
     def indexes_agree(self) -> None:
@@ -183,6 +220,10 @@ class Relay(RuleBasedStateMachine):
             assert self.relay.server.allocations == 0
             assert self.relay.server.poll_timeout() is None
             assert self.relay.network.sockets == {}
+
+
+def host_of(peer: str) -> str:
+    return peer.partition(":")[0]
 
 
 TestRelay = Relay.TestCase

@@ -82,6 +82,10 @@ class TurnClient:
             Method.CHANNEL_BIND, (Attr.CHANNEL_NUMBER, number), (Attr.XOR_PEER_ADDRESS, peer)
         )
 
+    def permits(self, *peers: Address) -> None:
+        """Install permissions. Raises TurnError."""
+        self.request(Method.CREATE_PERMISSION, *((Attr.XOR_PEER_ADDRESS, peer) for peer in peers))
+
     def request(self, method: Method, *attributes: tuple[Attribute[Any], Any]) -> Message:
         """Send an authenticated request, again after a first 401 or 438. Raises TurnError."""
         while True:
@@ -107,6 +111,23 @@ class TurnClient:
     def sends(self, number: int, payload: bytes) -> None:
         """Send ChannelData."""
         self.socket.send(channeldata.HEADER.pack(number, len(payload)) + payload)
+
+    def indicates(
+        self, peer: Address, payload: bytes, *attributes: tuple[Attribute[Any], Any]
+    ) -> None:
+        """Send a Send indication."""
+        values: list[tuple[Attribute[Any], Any]] = [
+            (Attr.XOR_PEER_ADDRESS, peer),
+            (Attr.DATA, payload),
+            *attributes,
+        ]
+        self.socket.send(Message(Kind.INDICATION, Method.SEND, os.urandom(12), values).encode())
+
+    def hears(self) -> Message:
+        """Wait for a Data indication."""
+        message = decode(self.socket.recv(65536)).message
+        assert (message.kind, message.method) == (Kind.INDICATION, Method.DATA)
+        return message
 
     def receives(self) -> tuple[int, bytes]:
         """Wait for ChannelData: its number and payload. The frame must not be padded."""
@@ -134,11 +155,11 @@ class TurnClient:
 class Peer:
     """A socket that knows nothing of TURN."""
 
-    def __init__(self, family: Family = Family.IPV4, port: int = 0) -> None:
+    def __init__(self, family: Family = Family.IPV4, port: int = 0, host: str = "") -> None:
         ipv6 = family is Family.IPV6
         self._socket = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        self._socket.bind(("::1" if ipv6 else "127.0.0.1", port))
+        self._socket.bind((host or ("::1" if ipv6 else "127.0.0.1"), port))
         self._socket.settimeout(TIMEOUT)
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
 

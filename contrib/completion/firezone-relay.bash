@@ -33,6 +33,7 @@ _firezone_relay() {
         --offload) words='auto off' ;;
         --copy-tos) words='auto on off' ;;
         --print-credential | --no-print-credential | \
+        --send-indications | --no-send-indications | \
         --one-allocation-per-username | --no-one-allocation-per-username | \
         --check-config | \
         --print-config | \
@@ -41,8 +42,9 @@ _firezone_relay() {
             words='--public-ip4-addr --public-ip6-addr --bind-ip4-addr --bind-ip6-addr --listen-port
             --lowest-port --highest-port --token-file --api-url --name --relay-secret-file
             --print-credential --no-print-credential --mint --allow-peer --deny-peer
-            --refused-peers --one-allocation-per-username --no-one-allocation-per-username
-            --max-allocations --max-allocations-per-username --max-allocations-per-ip
+            --refused-peers --send-indications --no-send-indications
+            --one-allocation-per-username --no-one-allocation-per-username --max-allocations
+            --max-allocations-per-username --max-allocations-per-ip
             --max-channels-per-allocation --unauthenticated-rate
             --unauthenticated-rate-per-prefix --log-format --log-level --http-addr --harden
             --user --drain-timeout --channel-range --offload --copy-tos --software --rng-seed -c

@@ -53,6 +53,7 @@ class Config:
     max_allocations_per_ip: int | None  # likewise; for IPv6, per /64
     max_channels_per_allocation: int | None  # likewise
     ignore_refused_peers: bool | None  # None: as the portal's presence says
+    send_indications: bool | None  # None: as the portal's presence says
     unauthenticated_rate: int  # requests per second; 0: no limit
     unauthenticated_rate_per_prefix: int  # likewise
     channel_numbers: range
@@ -94,6 +95,13 @@ class Config:
         if self.ignore_refused_peers is None:
             return self.token is not None
         return self.ignore_refused_peers
+
+    @property
+    def serves_send_indications(self) -> bool:
+        """Whether permissions, Send and Data indications relay; else only channels do."""
+        if self.send_indications is None:
+            return self.token is None
+        return self.send_indications
 
     @property
     def quotas(self) -> Quotas:

@@ -216,6 +216,16 @@ OPTIONS: Final = (
         reloads=True,
     ),
     Option(
+        "send-indications",
+        "SEND_INDICATIONS",
+        switch,
+        "relay by permissions, Send and Data indications, as browsers do, and not by channels only "
+        "(default: off with a portal, else on)",
+        PEERS,
+        field="send_indications",
+        reloads=True,
+    ),
+    Option(
         "one-allocation-per-username",
         "ONE_ALLOCATION_PER_USERNAME",
         switch,

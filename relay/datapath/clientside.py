@@ -1,13 +1,16 @@
-"""What clients send: ChannelData goes to its peer, STUN to the server."""
+"""What clients send: ChannelData and Send indications go to their peer, STUN to the server."""
 
 from collections.abc import Callable
 from typing import Final
 
-from relay.datapath.destination import Destination, Pieces
+from relay.datapath.destination import PeerDestination, Pieces
+from relay.datapath.permitted import Permitted
 from relay.datapath.relayport import RelayPorts
-from relay.datapath.workspace import Workspace
+from relay.datapath.routes import Routes
+from relay.datapath.workspace import FRAME_AT, PAYLOAD_AT, Prefixes, Workspace
 from relay.turn.channeldata import HEADER, HEADER_SIZE, parse
 from relay.turn.commands import ClientAddress, Drop
+from relay.turn.indications import SEND, USUAL_START, Peer, parse_send
 
 # STUN over UDP stays below the MTU (RFC 8489 §6.1); longer messages only cost time to read.
 LARGEST_STUN: Final = 2048
@@ -26,30 +29,41 @@ class ClientSide:
     def __init__(
         self,
         workspace: Workspace,
-        to_peer: dict[tuple[ClientAddress, int], Destination],
+        routes: Routes,
         ports: RelayPorts,
         on_request: OnRequest,
+        refuse_send: Callable[[], Drop],
         channel_numbers: range,
     ) -> None:
-        """Relay by the routes *to_peer*; hand STUN to *on_request*."""
+        """Relay by the *routes*; hand STUN to *on_request*.
+
+        ``refuse_send()`` says why a client without any permission has its Send indications dropped.
+        """
         self._workspace = workspace
         self._buffer = workspace.buffer
-        self._view = workspace.view
+        self._view = workspace.for_clients
         self._payloads = workspace.payloads
+        self._sent_payloads = Prefixes(self._view[USUAL_START:])
         self._sizes = workspace.counters.to_peer
-        self._to_peer = to_peer
+        self._to_peer = routes.to_peer
+        self._permitted = routes.permitted
+        self._reach_permitted = routes.reach_permitted
         self._ports = ports
         self._on_request = on_request
+        self._refuse_send = refuse_send
         self._last_channel_byte = channel_numbers[-1] >> 8
 
     def on_datagram(self, size: int, client: ClientAddress, tos: int = 0) -> None:
         """Serve a datagram of *size* bytes."""
         if size >= HEADER_SIZE:
-            number, length = _unpack_from(self._buffer)
+            number, length = _unpack_from(self._buffer, FRAME_AT)
             peer = self._to_peer.get((client, number))
             if peer is not None and length + HEADER_SIZE <= size:
                 if peer.send(self._payloads[length], tos):
                     self._sizes[length] += 1
+                return
+            if number == SEND:
+                self._on_send(size, client, tos)
                 return
         self._on_other(size, client)
 
@@ -59,7 +73,10 @@ class ClientSide:
         Each is of *segment* bytes; the last may be shorter. Returns how many of them had to be
         handled singly.
         """
-        relayed = self._relay_many(size, segment, client, tos)
+        if self._view[0]:
+            relayed = self._relay_many(size, segment, client, tos)
+        else:
+            relayed = self._send_many(size, segment, client, tos)
         left = range(relayed * segment, size, segment)
         for start in left:
             datagram = self._view[start : min(start + segment, size)]
@@ -75,10 +92,10 @@ class ClientSide:
         buffer, view = self._buffer, self._view
         count = size // segment
         whole = count * segment
-        for start in range(HEADER_SIZE):
-            if buffer[start:whole:segment].count(buffer[start]) != count:
+        for start in range(FRAME_AT, PAYLOAD_AT):
+            if buffer[start : FRAME_AT + whole : segment].count(buffer[start]) != count:
                 return 0
-        frame = parse(buffer, segment) if count else None
+        frame = parse(view, segment) if count else None
         if frame is None or not frame[1]:  # nothing in it that UDP_SEGMENT could cut
             return 0
         number, length = frame
@@ -93,12 +110,68 @@ class ClientSide:
         self._workspace.count_many(self._sizes, sent, payloads, length)
         return sent
 
+    def _on_send(self, size: int, client: ClientAddress, tos: int) -> None:
+        """Relay a Send indication. RFC 8656 §11.2."""
+        permitted = self._permitted.get(client)
+        if permitted is None:
+            self._workspace.drop(self._refuse_send())
+            return
+        send = parse_send(self._view, size)
+        if send is None:
+            self._workspace.drop(Drop.MALFORMED_STUN)
+            return
+        peer, start, length, dont_fragment = send
+        way = permitted.reached.get(peer) or self._reach(permitted, peer)
+        if way is None:
+            return
+        if start == USUAL_START:
+            payload = self._sent_payloads[length]
+        else:
+            payload = self._view[start : start + length]
+        if way.send_whole(payload, tos) if dont_fragment else way.send(payload, tos):
+            self._sizes[length] += 1
+
+    def _send_many(self, size: int, segment: int, client: ClientAddress, tos: int) -> int:
+        """Relay Send indications that are alike; return how many of them were, from the first on.
+
+        They are alike if all are for one peer, and none but the last of them has another length.
+        """
+        permitted, view = self._permitted.get(client), self._view
+        first = parse_send(view, segment) if permitted is not None else None
+        if permitted is None or first is None:
+            return 0
+        peer, start, length, dont_fragment = first
+        way = permitted.reached.get(peer)
+        if way is None or dont_fragment:
+            return 0
+        payloads: Pieces = []
+        for at in range(0, size, segment):
+            send = parse_send(view[at:], min(segment, size - at))
+            if send is None or send[:2] != (peer, start) or send[3] or not 0 < send[2] <= length:
+                break
+            payloads.append(view[at + start : at + start + send[2]])
+            if send[2] < length:  # of what UDP_SEGMENT cuts only the last one may be shorter
+                break
+        if not payloads:
+            return 0
+        sent = way.send_many(payloads, 1, length, tos)
+        self._workspace.count_many(self._sizes, sent, payloads, length)
+        return sent
+
+    def _reach(self, permitted: Permitted, peer: Peer) -> PeerDestination | None:
+        """Find the way to a peer, or count why there is none."""
+        way = self._reach_permitted(permitted, peer)
+        if isinstance(way, Drop):
+            self._workspace.drop(way)
+            return None
+        return way
+
     def _on_other(self, size: int, client: ClientAddress) -> None:
         """Serve STUN; drop whatever else it is that cannot be relayed."""
         drop: Drop | None
-        first = self._buffer[0] if size else _NEITHER
+        first = self._view[0] if size else _NEITHER
         if FIRST_CHANNEL_BYTE <= first <= self._last_channel_byte:
-            is_malformed = parse(self._buffer, size) is None
+            is_malformed = parse(self._view, size) is None
             drop = Drop.MALFORMED_CHANNEL_DATA if is_malformed else Drop.UNBOUND_CHANNEL
         elif first <= LAST_STUN_BYTE:
             drop = self._on_stun(size, client)

@@ -13,8 +13,10 @@ from relay.turn.commands import (
     ClientAddress,
     ClosePort,
     Drop,
+    InstallPermissions,
     OpenPort,
     PortFailure,
+    RemovePermissions,
     SendMessage,
     UnbindChannel,
 )
@@ -94,6 +96,10 @@ class Control:
                     self._routes.bind(command)
                 case UnbindChannel():
                     self._routes.unbind(command)
+                case InstallPermissions():
+                    self._routes.install(command)
+                case RemovePermissions():
+                    self._routes.remove(command)
                 case _:
                     assert_never(command)
         deadline = self._server.poll_timeout()

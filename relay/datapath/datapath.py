@@ -33,11 +33,23 @@ class DataPath:
 
         ``is_relay_host(host)`` tells if relay ports send from *host*.
         """
-        self.ports = RelayPorts(workspace, open_socket, is_relay_host)
-        self.routes = Routes(workspace, self.ports, reach_client, public_hosts, relay_ports)
+        self.ports = RelayPorts(workspace, open_socket, is_relay_host, timers.clock)
+        self.routes = Routes(
+            workspace,
+            self.ports,
+            reach_client,
+            public_hosts,
+            relay_ports,
+            server.reaches_outside,
+        )
         self.control = Control(server, self.ports, self.routes, reach_client, timers, unix_clock)
         self.clients = ClientSide(
-            workspace, self.routes.to_peer, self.ports, self.control.on_request, channel_numbers
+            workspace,
+            self.routes,
+            self.ports,
+            self.control.on_request,
+            server.refuse_send,
+            channel_numbers,
         )
 
     def change_peer_policy(self, peer_policy: PeerPolicy) -> None:

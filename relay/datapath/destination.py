@@ -22,3 +22,10 @@ class Destination(Protocol):
         Returns how many were sent, from the first on. The others are not lost yet: they can be
         sent one by one.
         """
+
+
+class PeerDestination(Destination, Protocol):
+    """A peer, as it is reached from a relay port."""
+
+    def send_whole(self, datagram: memoryview | bytes, tos: int = 0, /) -> bool:
+        """Send one datagram that is not to be fragmented on its way. RFC 8656 §14."""

@@ -3,7 +3,7 @@
 No kernel, NAT or hairpin of a router is needed for that.
 """
 
-from relay.datapath.destination import Destination, Pieces
+from relay.datapath.destination import PeerDestination, Pieces
 from relay.datapath.relayport import RelayPorts
 from relay.datapath.workspace import Workspace
 from relay.turn.commands import Drop, PeerAddress
@@ -25,7 +25,7 @@ class Hairpin:
         ports: RelayPorts,
         peer: PeerAddress,
         relayed_address: PeerAddress,
-        outside: Destination | None,
+        outside: PeerDestination | None,
     ) -> None:
         """Send from *relayed_address* to *peer*; *outside* is the way there by the kernel."""
         self._workspace = workspace
@@ -43,6 +43,12 @@ class Hairpin:
             return self._outside.send(datagram, tos)
         self._workspace.drop(Drop.PEER_IS_GONE)
         return False
+
+    def send_whole(self, datagram: memoryview | bytes, tos: int = 0) -> bool:
+        """Do the same: within the process nothing is fragmented."""
+        if self._outside is not None and self._ports.at(self._peer) is None:
+            return self._outside.send_whole(datagram, tos)
+        return self.send(datagram, tos)
 
     def send_many(self, pieces: Pieces, each: int, size: int, tos: int = 0) -> int:
         """Do the same with many; what is not relayed of them is left to be sent one by one."""

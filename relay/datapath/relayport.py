@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from relay.datapath.destination import Destination, Pieces
-from relay.datapath.workspace import Workspace
+from relay.datapath.destination import Destination, PeerDestination, Pieces
+from relay.datapath.permitted import Permitted
+from relay.datapath.workspace import FRAME_AT, Workspace
 from relay.net.udp import Receiver
 from relay.stun.address import Address, family_of
 from relay.stun.const import Family
 from relay.turn.channeldata import HEADER, HEADER_SIZE
 from relay.turn.commands import Drop, PeerAddress
+from relay.turn.indications import Icmp
 
 _pack, _pack_into = HEADER.pack, HEADER.pack_into
 
@@ -17,8 +19,11 @@ _pack, _pack_into = HEADER.pack, HEADER.pack_into
 class RelaySocket(Protocol):
     """The socket of a relay port in one family."""
 
-    def reach(self, address: Any, /) -> Destination:  # noqa: ANN401
+    def reach(self, address: Any, /) -> PeerDestination:  # noqa: ANN401
         """Return how to send to a peer from here."""
+
+    def report_errors(self, take: Callable[[Any, Icmp], None], /) -> None:
+        """Call ``take(peer, icmp)`` for each ICMP error about what was sent from here."""
 
     def look_for_marks(self) -> None:
         """Look at the next datagrams for DSCP and ECN: a flow may begin."""
@@ -32,22 +37,38 @@ OpenSocket = Callable[[Family, int, Receiver], RelaySocket]
 
 
 class RelayPort:
-    """A relay port: its socket in each family, and the routes from its peers to the client.
+    """A relay port: its socket in each family, and what its peers may send to the client.
 
-    Peers are told apart by host and port, so one table does for both families.
+    A peer that is bound to a channel has a route, as ChannelData; what others send is
+    :class:`Permitted`, or not. Peers are told apart by host and port, so one table does for both
+    families.
     """
 
-    __slots__ = ("_buffer", "_client", "_framed", "_routes", "_sizes", "_sockets", "_workspace")
+    __slots__ = (
+        "_buffer",
+        "_client",
+        "_clock",
+        "_framed",
+        "_permitted",
+        "_routes",
+        "_sizes",
+        "_sockets",
+        "_workspace",
+        "number",
+    )
 
-    def __init__(self, workspace: Workspace) -> None:
-        """Begin without a socket."""
+    def __init__(self, number: int, workspace: Workspace, clock: Callable[[], float]) -> None:
+        """Begin without a socket. *clock* tells monotonic seconds."""
+        self.number = number
+        self._clock = clock
         self._workspace = workspace
         self._buffer = workspace.buffer
         self._framed = workspace.framed
         self._sizes = workspace.counters.to_client
         self._sockets: dict[Family, RelaySocket] = {}
         self._routes: dict[PeerAddress, int] = {}  # the client's channel number for each peer
-        self._client: Destination  # there is one once there is a route: the same for all of them
+        self._permitted: Permitted | None = None  # once somebody is
+        self._client: Destination | None = None  # once something may be relayed to it
 
     def open(
         self, open_socket: OpenSocket, number: int, families: Iterable[Family]
@@ -70,20 +91,40 @@ class RelayPort:
         """Tell if the port is bound in a family."""
         return family in self._sockets
 
-    def reach(self, peer: PeerAddress) -> Destination:
+    def reach(self, peer: PeerAddress) -> PeerDestination:
         """Return how to send to a peer from here."""
         return self._sockets[family_of(peer[0])].reach(peer)
 
     def bind(self, peer: PeerAddress, number: int, reach_client: Callable[[], Destination]) -> None:
         """Relay what *peer* sends to the client, as that *number*'s ChannelData."""
-        if not self._routes:
-            self._client = reach_client()
+        self._client = self._client or reach_client()
         self._routes[peer] = number
         self._sockets[family_of(peer[0])].look_for_marks()
 
     def unbind(self, peer: PeerAddress) -> None:
         """Relay nothing from *peer* any more."""
         del self._routes[peer]
+
+    def permit(
+        self, hosts: list[str], reach_client: Callable[[], Destination], *, reports_errors: bool
+    ) -> Permitted:
+        """Relay what comes from any port of *hosts*, and return by what that is known."""
+        permitted = self._permitted
+        if permitted is None:
+            self._client = self._client or reach_client()
+            permitted = Permitted(self.number, self._workspace, self._client, self._clock)
+            self._permitted = permitted
+        permitted.permit(hosts)
+        for sock in self._sockets.values():
+            sock.look_for_marks()
+            if reports_errors:
+                sock.report_errors(permitted.on_error)
+        return permitted
+
+    def revoke(self, hosts: list[str]) -> None:
+        """Relay nothing more of *hosts*, and to them, but in channels."""
+        assert self._permitted is not None
+        self._permitted.revoke(hosts)
 
     def on_datagram(self, size: int, peer: PeerAddress, tos: int = 0) -> bool:
         """Relay a datagram whose *size* bytes lie in the buffer, behind room for the header.
@@ -92,9 +133,12 @@ class RelayPort:
         """
         number = self._routes.get(peer)
         if number is None:
+            if self._permitted is not None:
+                return self._permitted.indicate(size, peer, tos)
             self._workspace.drop(Drop.UNBOUND_PEER)
             return False
-        _pack_into(self._buffer, 0, number, size)
+        _pack_into(self._buffer, FRAME_AT, number, size)
+        assert self._client is not None
         if self._client.send(self._framed[HEADER_SIZE + size], tos):
             self._sizes[size] += 1
             return True
@@ -126,10 +170,13 @@ class RelayPort:
         """
         number = self._routes.get(peer)
         if number is None:
-            return 0
+            if self._permitted is None:
+                return 0
+            return self._permitted.indicate_many(payloads, size, peer, tos)
         pieces: Pieces = [_pack(number, size)] * (2 * len(payloads))
         pieces[1::2] = payloads
         pieces[-2] = _pack(number, len(payloads[-1]))
+        assert self._client is not None
         sent = self._client.send_many(pieces, 2, HEADER_SIZE + size, tos)
         self._workspace.count_many(self._sizes, sent, payloads, size)
         return sent
@@ -143,15 +190,18 @@ class RelayPort:
             self._sockets.pop(family).close()
         for peer in peers:
             del self._routes[peer]
+        if self._permitted is not None:
+            self._permitted.close_in(families)
         return bool(self._sockets)
 
     def close(self) -> None:
         """Give up the port in every family."""
         for sock in self._sockets.values():
             sock.close()
-        # A socket refers to this port, its receiver: as a cycle, both would stay until the
-        # garbage collector runs.
+        # A socket refers to this port, its receiver, and ways out refer to their socket: as
+        # cycles, they would stay until the garbage collector runs.
         self._sockets.clear()
+        self._permitted = None
 
 
 class RelayPorts:
@@ -162,8 +212,10 @@ class RelayPorts:
         workspace: Workspace,
         open_socket: OpenSocket,
         is_relay_host: Callable[[str], bool],
+        clock: Callable[[], float],
     ) -> None:
         """``is_relay_host(host)`` tells if relay ports send from *host*."""
+        self._clock = clock
         self._workspace = workspace
         self._open_socket = open_socket
         self._is_relay_host = is_relay_host
@@ -184,7 +236,7 @@ class RelayPorts:
 
     def open(self, number: int, families: tuple[Family, ...]) -> dict[Family, OSError]:
         """Bind a port in each family that it can be bound in; return what failed."""
-        port = RelayPort(self._workspace)
+        port = RelayPort(number, self._workspace, self._clock)
         failures = port.open(self._open_socket, number, families)
         if len(failures) < len(families):
             self._ports[number] = port
@@ -192,12 +244,17 @@ class RelayPorts:
 
     def close(
         self, number: int, families: Iterable[Family], peers: Iterable[PeerAddress] = ()
-    ) -> None:
-        """Give up a port in some families, with the routes from *peers*, which are in these."""
-        if not self._ports[number].close_in(families, peers):
+    ) -> bool:
+        """Give up a port in some families, with the routes from *peers*, which are in these.
+
+        Returns whether it is open in another one.
+        """
+        is_open = self._ports[number].close_in(families, peers)
+        if not is_open:
             del self._ports[number]
         if not self._ports and self.on_last_closed is not None:
             self.on_last_closed()
+        return is_open
 
     def close_all(self) -> None:
         """Give up every port."""

@@ -6,27 +6,38 @@ from typing import Final
 from relay.observe.counters import Counters
 from relay.turn.channeldata import HEADER_SIZE
 from relay.turn.commands import Drop
+from relay.turn.indications import DATA_HEADER_SIZES, TransactionIds
 
 LARGEST_DATAGRAM: Final = 65535
 LARGEST_REMEMBERED: Final = 1500  # bytes, as many as an Ethernet frame carries
+# Where the payload lies, and where the header of ChannelData does.
+PAYLOAD_AT: Final = max(DATA_HEADER_SIZES)
+FRAME_AT: Final = PAYLOAD_AT - HEADER_SIZE
+_PADDING: Final = 3  # bytes that a Data indication may have behind the payload
 
 
 class Workspace:
     """What all parts of the data path work with: one buffer, and the counters.
 
-    Clients' datagrams are read to the start of the buffer, peers' behind room for the header of
-    ChannelData. So a payload always lies at offset 4, and is never copied; only where segments
-    are handled singly they are moved to the front, one after another.
+    Peers' datagrams are read to where there is room in front for any header, clients' to where the
+    payload of ChannelData comes to lie at the same place. So a payload is never copied; only where
+    segments are handled singly they are moved to the front, one after another.
     """
 
-    def __init__(self, counters: Counters) -> None:
-        """Begin with an empty buffer."""
-        self.buffer = bytearray(HEADER_SIZE + LARGEST_DATAGRAM)
+    def __init__(self, counters: Counters, random_id: int = 0) -> None:
+        """Begin with an empty buffer. *random_id*, of 96 bits, is where transaction ids begin."""
+        self.buffer = bytearray(PAYLOAD_AT + LARGEST_DATAGRAM + _PADDING)
         self.view = memoryview(self.buffer)
-        self.for_peers = self.view[HEADER_SIZE:]  # where peers' datagrams are read to
-        self.framed = Prefixes(self.view)  # by size, with the header of ChannelData
+        self.for_clients = self.view[FRAME_AT : FRAME_AT + LARGEST_DATAGRAM]
+        self.for_peers = self.view[PAYLOAD_AT : PAYLOAD_AT + LARGEST_DATAGRAM]
+        self.framed = Prefixes(self.view[FRAME_AT:])  # by size, with the header of ChannelData
         self.payloads = Prefixes(self.for_peers)  # by size, without it
         self.counters = counters
+        # By size of the header of a Data indication, which ends where the payload begins.
+        self.indicated = {
+            size: Prefixes(self.view[PAYLOAD_AT - size :]) for size in DATA_HEADER_SIZES
+        }
+        self.transaction_ids = TransactionIds(random_id)
 
     def drop(self, reason: Drop) -> None:
         """Count a datagram that is not relayed."""

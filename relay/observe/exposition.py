@@ -34,6 +34,7 @@ class Status:
     slow_iterations: int
     allocations: int
     channels: int
+    permissions: int
     portal_connected: bool | None  # None without a portal
     portal_reconnects: int
     responses: Mapping[tuple[str, str], int]  # by method and code, or "success"
@@ -106,8 +107,13 @@ class RelayCollector(Collector):
         )
         yield GaugeMetricFamily(
             "relay_channels",
-            "Channels bound now. No traffic can flow without one.",
+            "Channels bound now.",
             value=status.channels,
+        )
+        yield GaugeMetricFamily(
+            "relay_permissions",
+            "Hosts that allocations have a permission for: data flows without a channel, too.",
+            value=status.permissions,
         )
         yield CounterMetricFamily(
             "relay_bugs_total",

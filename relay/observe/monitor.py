@@ -21,6 +21,10 @@ class Served(Protocol):
         """How many are bound."""
 
     @property
+    def permissions(self) -> int:
+        """How many there are, over all allocations."""
+
+    @property
     def responses(self) -> Counter[tuple[str, str]]:
         """How many answers were sent, by method, and error code or "success"."""
 
@@ -94,6 +98,7 @@ class Monitor:
             slow_iterations=self._loop.slow_iterations,
             allocations=self._served.allocations,
             channels=self._served.channels,
+            permissions=self._served.permissions,
             portal_connected=self.portal_connected,
             portal_reconnects=self.portal_reconnects,
             responses=self._served.responses.copy(),
@@ -140,6 +145,8 @@ class Monitor:
             f"{self._served.allocations} allocations",
             f"{self._served.channels} channels",
         ]
+        if self._served.permissions:
+            parts.append(f"{self._served.permissions} permissions")
         if self.portal_connected is not None:
             parts.append("portal connected" if self.portal_connected else "portal away")
         return ", ".join(parts)

@@ -153,6 +153,22 @@ def _types() -> Coding[tuple[int, ...]]:
     return Coding(decode, encode)
 
 
+def _icmp() -> Coding[tuple[int, int, int]]:
+    """Reserved (16 bits), ICMP type (8), ICMP code (8), error data (32). RFC 8656 §18.13.
+
+    The figure there draws 7 and 9 bits; the fields of ICMP itself, and everyone else, have 8.
+    """
+    layout = struct.Struct("!xxBBI")
+
+    def decode(value: bytes, _transaction_id: bytes) -> tuple[int, int, int]:
+        if len(value) != layout.size:
+            raise DecodeError(f"{len(value)} bytes instead of {layout.size}")
+        kind, code, data = layout.unpack(value)
+        return kind, code, data
+
+    return Coding(decode, lambda icmp, _transaction_id: layout.pack(*icmp))
+
+
 class Attr:
     """The attributes, by their wire names."""
 
@@ -172,10 +188,14 @@ class Attr:
     )
     # A family that nobody knows is refused with a code of its own: so these two are plain numbers.
     REQUESTED_ADDRESS_FAMILY = Attribute(0x0017, "REQUESTED-ADDRESS-FAMILY", _number("!Bxxx"))
+    EVEN_PORT = Attribute(0x0018, "EVEN-PORT", _number("!B"))
     REQUESTED_TRANSPORT = Attribute(0x0019, "REQUESTED-TRANSPORT", _number("!Bxxx"))
+    DONT_FRAGMENT = Attribute(0x001A, "DONT-FRAGMENT", _octets(0))
     XOR_MAPPED_ADDRESS = Attribute(0x0020, "XOR-MAPPED-ADDRESS", _address(xored=True))
+    RESERVATION_TOKEN = Attribute(0x0022, "RESERVATION-TOKEN", _octets(8))
     ADDITIONAL_ADDRESS_FAMILY = Attribute(0x8000, "ADDITIONAL-ADDRESS-FAMILY", _number("!Bxxx"))
     ADDRESS_ERROR_CODE = Attribute(0x8001, "ADDRESS-ERROR-CODE", _address_error_code())
+    ICMP = Attribute(0x8004, "ICMP", _icmp())
     SOFTWARE = Attribute(0x8022, "SOFTWARE", _text(763))
     FINGERPRINT = Attribute(0x8028, "FINGERPRINT", _number("!I"))
 

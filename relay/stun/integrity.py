@@ -33,6 +33,6 @@ def verify(message: bytes, integrity_offset: int, key: bytes) -> bool:
     return hmac.compare_digest(received, integrity(message[:integrity_offset], key))
 
 
-def fingerprint(message: bytes | bytearray) -> int:
+def fingerprint(message: bytes | bytearray | memoryview) -> int:
     """Return the FINGERPRINT of *message*, whose length field counts that attribute already."""
     return zlib.crc32(message) ^ _FINGERPRINT_XOR

@@ -1,7 +1,7 @@
 """Allocate and Refresh: how an allocation begins, lives on and ends. RFC 8656 §7, §8."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Final
@@ -13,12 +13,14 @@ from relay.turn.commands import ClosePort, OpenPort, PortFailure
 from relay.turn.quota import require_quota, room_for
 from relay.turn.request import Attributes, Refused, Request
 from relay.turn.state import State
-from relay.turn.tables import Allocation
+from relay.turn.tables import RESERVATION_LIFETIME, Allocation, Reservation, site_of
 
 logger = logging.getLogger("relay.turn")
 
 DEFAULT_LIFETIME: Final = 600  # seconds. RFC 8656 §7.2
 MAX_LIFETIME: Final = 3600  # seconds. RFC 8656 §7.2
+_R_BIT: Final = 0x80  # of EVEN-PORT: keep the next port, too. RFC 8656 §18.7
+_TOKEN_SIZE: Final = 8  # bytes. RFC 8656 §18.10
 PORT_TRIES: Final = 16  # ports that cannot be bound, before a client is told to give up
 
 
@@ -31,15 +33,30 @@ class _Opening:
     address_errors: dict[Family, ErrorCode]  # of families that were asked for
     lifetime: int  # seconds, as granted
     replaced: list[Allocation]  # which end when this one begins
+    wanted: "_Port"
     port: int
     tried: set[int] = field(default_factory=set)  # ports that could not be bound
+
+
+@dataclass(frozen=True, slots=True)
+class _Port:
+    """Which port an Allocate wants. RFC 8656 §7.2."""
+
+    even: bool = False  # EVEN-PORT
+    with_next: bool = False  # and the next one kept for later
+    reserved: Reservation | None = None  # RESERVATION-TOKEN: the one that was kept
+
+
+_ANY_PORT: Final = _Port()
 
 
 class AllocationHandler:
     """Serves Allocate and Refresh."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, randbelow: Callable[[int], int]) -> None:
+        """``randbelow(n)`` draws from 0 to n - 1, unpredictably."""
         self._state = state
+        self._randbelow = randbelow
         self._opening: _Opening | None = None  # between OpenPort and its answer
         self.draining = False
 
@@ -59,8 +76,16 @@ class AllocationHandler:
         if transport is None:
             raise Refused(ErrorCode.BAD_REQUEST, "no REQUESTED-TRANSPORT")
         if transport != UDP_PROTOCOL:
+            state.hints.give(
+                f"transport {transport}",
+                f"a client asks for an allocation of protocol {transport}: there are only UDP ones",
+            )
             raise Refused(ErrorCode.UNSUPPORTED_TRANSPORT_PROTOCOL, f"protocol {transport}")
-        families, errors = self._families(message)
+        wanted = self._wanted_port(request)
+        if wanted.reserved is None:
+            families, errors = self._families(message)
+        else:
+            families, errors = (wanted.reserved.family,), {}
         lifetime = _lifetime(message.get(Attr.LIFETIME) or DEFAULT_LIFETIME)
         if self.draining:  # before a takeover: what relays is to go on
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "draining")
@@ -69,12 +94,14 @@ class AllocationHandler:
             replaced = state.tables.of_user(request.user)
             for other in replaced:
                 _require_recent_nonce(request, other)
-        require_quota(state, request.user, client[0][0], replaced)
+        # A reservation that is redeemed is counted already.
+        more = int(wanted.reserved is None) + int(wanted.with_next)
+        require_quota(state, request.user, client[0][0], replaced, wanted=more)
         room = room_for(state, families, replaced)
         for family in families[room:]:
             errors[family] = ErrorCode.INSUFFICIENT_CAPACITY
-        port = self._take_port(request.now, replaced)
-        self._open(_Opening(request, families[:room], errors, lifetime, replaced, port))
+        port = self._take_port(wanted, request.now, replaced)
+        self._open(_Opening(request, families[:room], errors, lifetime, replaced, wanted, port))
 
     def port_opened(self, port: int, failures: Mapping[Family, PortFailure], now: float) -> None:
         """Go on with the Allocate for which *port* was opened, or was not in some families.
@@ -85,7 +112,7 @@ class AllocationHandler:
         assert opening is not None
         assert opening.port == port
         families = tuple(family for family in opening.families if family not in failures)
-        if PortFailure.IN_USE in failures.values():
+        if PortFailure.IN_USE in failures.values() and opening.wanted.reserved is None:
             opening.tried.add(port)
             if self._tries_another(opening, families):
                 return
@@ -93,7 +120,7 @@ class AllocationHandler:
             errors = dict.fromkeys(failures, ErrorCode.INSUFFICIENT_CAPACITY)
             self._begin(opening, families, {**opening.address_errors, **errors}, now)
             return
-        self._give_back(port, opening)
+        self._give_back(opening)
         reason = f"port {port} is {next(iter(failures.values())).value}"
         self._state.answers.refuse(
             opening.request, Refused(ErrorCode.INSUFFICIENT_CAPACITY, reason)
@@ -108,6 +135,9 @@ class AllocationHandler:
     ) -> None:
         """Enter the allocation whose port is open in *families*, and tell the client."""
         request = opening.request
+        reservation = None
+        if opening.wanted.with_next:
+            reservation = self._reserve(opening, families[0], now)
         for other in opening.replaced:  # only now: what fails must not cost what there is
             if other.expires_at:  # it has not ended to make room
                 self._take_over(request, other)
@@ -119,6 +149,7 @@ class AllocationHandler:
             address_errors=errors,
             transaction_id=request.message.transaction_id,
             nonce_issued=request.nonce_issued,
+            reservation_token=None if reservation is None else reservation.token,
         )
         self._state.tables.add(allocation)
         logger.debug(
@@ -130,13 +161,13 @@ class AllocationHandler:
         """Open another port instead of one that could be bound in these *families* only."""
         if len(opening.tried) == PORT_TRIES:
             return False
-        port, now = opening.port, opening.request.now
-        another = self._state.tables.free_ports.take(now, opening.tried)
+        port = opening.port
+        another = self._draw(opening.wanted, opening.request.now, opening.tried)
         if another is None:
             return False
         if families:
             self._state.commands.append(ClosePort(opening.request.client, port, families, []))
-        self._give_back(port, opening)
+        self._give_back(opening)
         opening.port = another
         self._open(opening)
         return True
@@ -196,20 +227,64 @@ class AllocationHandler:
         missing = [family for family in Family if family not in available]
         return tuple(available), dict.fromkeys(missing, unsupported)
 
-    def _take_port(self, now: float, replaced: list[Allocation]) -> int:
-        free_ports = self._state.tables.free_ports
-        port = free_ports.take(now)
+    def _wanted_port(self, request: Request) -> _Port:
+        """Which port a request is for. RFC 8656 §7.2, steps 5 and 7."""
+        message = request.message
+        even, token = message.get(Attr.EVEN_PORT), message.get(Attr.RESERVATION_TOKEN)
+        if token is None:
+            if even is None:
+                return _ANY_PORT
+            with_next = bool(even & _R_BIT)
+            if with_next and message.get(Attr.ADDITIONAL_ADDRESS_FAMILY) is not None:
+                raise Refused(ErrorCode.BAD_REQUEST, "two ports, and two families")
+            return _Port(even=True, with_next=with_next)
+        for other in (Attr.REQUESTED_ADDRESS_FAMILY, Attr.ADDITIONAL_ADDRESS_FAMILY):
+            if message.get(other) is not None:
+                raise Refused(ErrorCode.BAD_REQUEST, f"RESERVATION-TOKEN and {other}")
+        if even is not None:
+            raise Refused(ErrorCode.BAD_REQUEST, "RESERVATION-TOKEN and EVEN-PORT")
+        reserved = self._state.tables.reservation(token)
+        if reserved is None or reserved.user != request.user or reserved.expires_at <= request.now:
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "nothing is reserved under that token")
+        return _Port(reserved=reserved)
+
+    def _take_port(self, wanted: _Port, now: float, replaced: list[Allocation]) -> int:
+        if wanted.reserved is not None:
+            return self._state.tables.redeem(wanted.reserved)
+        port = self._draw(wanted, now)
         if port is None and replaced:  # then this one gets a port of theirs
             for other in replaced:
                 self._state.tables.delete(other)
-            port = free_ports.take(now)
+            port = self._draw(wanted, now)
         if port is None:
-            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "no port is free")
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "no such port is free")
         return port
 
-    def _give_back(self, port: int, opening: _Opening) -> None:
-        """Free a port that was not kept; one that is in use is set aside for a while."""
+    def _draw(self, wanted: _Port, now: float, tried: Collection[int] = ()) -> int | None:
         free_ports = self._state.tables.free_ports
+        if wanted.even:
+            return free_ports.take_even(now, with_next=wanted.with_next)
+        return free_ports.take(now, tried)
+
+    def _reserve(self, opening: _Opening, family: Family, now: float) -> Reservation:
+        """Keep the port after the one that was opened."""
+        request = opening.request
+        reservation = Reservation(
+            token=self._randbelow(1 << 64).to_bytes(_TOKEN_SIZE, "big"),
+            user=request.user,
+            site=site_of(request.client[0][0]),
+            family=family,
+            port=opening.port + 1,
+            expires_at=now + RESERVATION_LIFETIME,
+        )
+        self._state.tables.reserve(reservation)
+        return reservation
+
+    def _give_back(self, opening: _Opening) -> None:
+        """Free a port that was not kept; one that is in use is set aside for a while."""
+        free_ports, port = self._state.tables.free_ports, opening.port
+        if opening.wanted.with_next:
+            free_ports.give_back(port + 1)
         if port in opening.tried:
             free_ports.set_aside(port, opening.request.now)
         else:
@@ -236,6 +311,8 @@ class AllocationHandler:
             (Attr.XOR_MAPPED_ADDRESS, request.mapped_address),
             (Attr.LIFETIME, max(ceil(left), 1)),  # it has not ended yet
         ]
+        if allocation.reservation_token is not None:
+            attributes.append((Attr.RESERVATION_TOKEN, allocation.reservation_token))
         attributes += [
             (Attr.ADDRESS_ERROR_CODE, (family, code, code.reason))
             for family, code in allocation.address_errors.items()

@@ -1,22 +1,26 @@
-"""CreatePermission and ChannelBind: which peers a client may reach, and how. RFC 8656 §10, §12."""
+"""CreatePermission and ChannelBind: which peers a client may reach, and how. RFC 8656 §9 to §12."""
 
 import logging
 from collections import Counter
+from collections.abc import Collection
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from relay.stun.address import Address, family_of, format_endpoint
 from relay.stun.attributes import Attr
 from relay.stun.const import ErrorCode, Family
 from relay.stun.raw import MAX_PEERS
+from relay.turn.channeldata import RFC5766_NUMBERS
 from relay.turn.commands import PeerAddress
 from relay.turn.peers import PeerPolicy, Refusal
 from relay.turn.request import Refused, Request
 from relay.turn.state import State
-from relay.turn.tables import Allocation, Channel
+from relay.turn.tables import Allocation, Channel, Permissions
 
 logger = logging.getLogger("relay.turn")
 
-CHECKED_AT_ONCE: Final = 500  # channels, when rules change; the others wait for the next portion
+# Channels and permissions, when rules change; the others wait for the next portion.
+CHECKED_AT_ONCE: Final = 500
 LOGGED_AGAIN_AFTER: Final = 60.0  # seconds, for each rule about peers
 ANY_PORT: Final = 9  # discard: at which nothing of ours is
 
@@ -27,13 +31,13 @@ class ChannelHandler:
     def __init__(self, state: State) -> None:
         self._state = state
         # Against rules about peers that have changed:
-        self._unchecked: list[Channel] = []
+        self._unchecked: list[Channel | tuple[Permissions, str]] = []
         self._unchecked_allocations: list[Allocation] = []
         self.refused: Counter[str] = Counter()  # peers, by the rule that refused them
         self._logged: dict[str, float] = {}  # when, by rule, in monotonic seconds
 
     def create_permission(self, request: Request) -> None:
-        """RFC 8656 §10.2: checked, but without effect, since only channels relay here."""
+        """RFC 8656 §10.2. Without effect but for its checks where only channels relay."""
         allocation = self._state.allocation(request)
         peers = request.message.get_all(Attr.XOR_PEER_ADDRESS)
         if not peers:
@@ -43,14 +47,18 @@ class ChannelHandler:
         families = allocation.families
         for host, _ in peers:
             _require_family(families, host)
-        lent_out, policy = self._state.settings.public_hosts.values(), self._state.peer_policy
+        hosts = []
+        known = _permitted(allocation)
         for host, _ in peers:
-            # A permission is for a host: its port does not count. Of what this relay lends out any
-            # may be meant, so the answer does not tell which ports are lent.
-            if host not in lent_out:
-                refusal = policy.refusal((host, ANY_PORT))
-                if refusal is not None:
-                    self._refuse(refusal, host, request.now)
+            # What there is already was held against the rules, and is whenever these change.
+            refusal = None if host in known else self._host_refusal(host)
+            if refusal is None:
+                hosts.append(host)
+            else:
+                self._refuse(refusal, host, request.now)
+        if self._state.settings.send_indications:
+            self._require_permissions(allocation, hosts)
+            self._state.tables.permit(allocation, hosts, reports_errors=True, now=request.now)
         self._state.answers.success(request, [], key=request.key)
 
     def channel_bind(self, request: Request) -> None:
@@ -59,6 +67,12 @@ class ChannelHandler:
         number = message.get(Attr.CHANNEL_NUMBER)
         # Checked before the allocation is looked for: it is wrong whatever the client has.
         if number is not None and number not in settings.channel_numbers:
+            if number in RFC5766_NUMBERS:
+                self._state.hints.give(
+                    "channel range",
+                    f"a client binds channel {number:#06x}, which is refused; "
+                    "--channel-range rfc5766 takes such numbers",
+                )
             raise Refused(ErrorCode.BAD_REQUEST, f"channel number {number:#06x} is out of range")
         allocation = self._state.allocation(request)
         address = message.get(Attr.XOR_PEER_ADDRESS)
@@ -78,35 +92,60 @@ class ChannelHandler:
         if not is_refused:
             if by_number is None:
                 self._require_room(allocation)
+            if settings.send_indications:
+                self._require_permissions(allocation, [peer[0]])
             outside = reaches_outside is True
             tables.bind(allocation, number, peer, reaches_outside=outside, now=request.now)
+            if settings.send_indications:
+                tables.permit(allocation, [peer[0]], reports_errors=False, now=request.now)
         self._state.answers.success(request, [], key=request.key)
 
     def change_peer_policy(self, peer_policy: PeerPolicy, now: float) -> None:
-        """Go on with other rules, and check a first portion of the channels against them."""
+        """Go on with other rules, and check a first portion of what there is against them."""
         self._state.peer_policy = peer_policy
         self._unchecked = []
         self._unchecked_allocations = self._state.tables.all_allocations()
         self.recheck_some(now)
 
     def recheck_some(self, now: float) -> None:
-        """Check the next portion of the channels; unbind those whose peer is forbidden now."""
-        left = CHECKED_AT_ONCE
+        """Check the next portion of channels and permissions; end what is forbidden now."""
+        left, tables = CHECKED_AT_ONCE, self._state.tables
         while left > 0 and self.is_rechecking:
             portion = self._unchecked[-left:]
             del self._unchecked[-left:]
             left -= len(portion)
-            for channel in portion:
-                reaches_outside, _ = self._reach(channel.peer)
-                self._state.tables.recheck_peer(channel, reaches_outside, now)
+            for item in portion:
+                if isinstance(item, Channel):
+                    tables.recheck_peer(item, self.reaches_outside(item.peer), now)
+                else:
+                    is_allowed = self._host_refusal(item[1]) is None
+                    tables.recheck_permission(*item, is_allowed=is_allowed)
             if not self._unchecked and self._unchecked_allocations:
-                self._unchecked = list(self._unchecked_allocations.pop().channels.values())
+                allocation = self._unchecked_allocations.pop()
+                self._unchecked = list(allocation.channels.values())
+                permissions = allocation.permissions
+                if permissions is not None:
+                    self._unchecked += [(permissions, host) for host in permissions.expires_at]
                 left -= 1
 
     @property
     def is_rechecking(self) -> bool:
-        """Tell if channels are left to be checked."""
+        """Tell if something is left to be checked."""
         return bool(self._unchecked or self._unchecked_allocations)
+
+    def reaches_outside(self, peer: Address) -> bool | None:
+        """Tell whether datagrams to *peer* may leave this relay, None if none may be sent to it."""
+        return self._reach(peer)[0]
+
+    def _host_refusal(self, host: str) -> Refusal | None:
+        """Say why there may be no permission for a host, if so. Its port does not count.
+
+        Of what this relay lends out any may be meant, so the answer does not tell which ports are
+        lent. Each peer there is looked at when it is sent to.
+        """
+        if host in self._state.settings.public_hosts.values():
+            return None
+        return self._state.peer_policy.refusal((host, ANY_PORT))
 
     def _reach(self, peer: Address) -> tuple[bool | None, Refusal | None]:
         """Tell whether datagrams to *peer* may leave this relay, None if none may be sent to it.
@@ -141,6 +180,23 @@ class ChannelHandler:
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, f"the allocation has {limit} channels")
         if self._state.tables.channels >= settings.max_channels:
             raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many channels as are allowed")
+
+    def _require_permissions(self, allocation: Allocation, hosts: Collection[str]) -> None:
+        """Refuse (508) more permissions than an allocation, or this relay, may have."""
+        settings, known = self._state.settings, _permitted(allocation)
+        new = len(set(hosts) - known)
+        limit = settings.max_channels_per_allocation
+        if limit is not None and new and len(known) + new > limit:
+            reason = f"the allocation has {len(known)} permissions"
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, reason)
+        if new and self._state.tables.permissions + new > settings.max_permissions:
+            raise Refused(ErrorCode.INSUFFICIENT_CAPACITY, "as many permissions as are allowed")
+
+
+def _permitted(allocation: Allocation) -> AbstractSet[str]:
+    """Return the hosts for which an allocation has permissions."""
+    permissions = allocation.permissions
+    return frozenset() if permissions is None else permissions.expires_at.keys()
 
 
 def _require_family(families: tuple[Family, ...], host: str) -> None:

@@ -45,7 +45,7 @@ class OpenPort:
 
 @dataclass(slots=True)
 class ClosePort:
-    """Give up a relay port in some families, and relay nothing over it there any more."""
+    """Give up a relay port in some families, with every permission for hosts of these."""
 
     client: ClientAddress
     port: int
@@ -75,7 +75,37 @@ class UnbindChannel:
     peer: PeerAddress
 
 
-Command = SendMessage | OpenPort | ClosePort | BindChannel | UnbindChannel
+@dataclass(slots=True)
+class InstallPermissions:
+    """Relay between *client* and every port of *hosts* by Send and Data indications.
+
+    Also where that is done already: then what is known of the ways to them has changed.
+    """
+
+    client: ClientAddress
+    port: int
+    hosts: list[str]
+    reports_errors: bool  # from here on the client is to hear of ICMP errors
+
+
+@dataclass(slots=True)
+class RemovePermissions:
+    """Stop relaying what InstallPermissions started for *hosts*, while the port stays open."""
+
+    client: ClientAddress
+    port: int
+    hosts: list[str]
+
+
+Command = (
+    SendMessage
+    | OpenPort
+    | ClosePort
+    | BindChannel
+    | UnbindChannel
+    | InstallPermissions
+    | RemovePermissions
+)
 
 
 class PortFailure(Enum):
@@ -97,6 +127,9 @@ class Drop(Enum):
     MALFORMED_STUN = "malformed_stun"
     WRONG_FINGERPRINT = "wrong_fingerprint"
     NOT_A_REQUEST = "not_a_request"
+    SEND_INDICATIONS_OFF = "send_indications_off"
+    NO_PERMISSION = "no_permission"  # a Send indication to a host without one
+    FORBIDDEN_PEER = "forbidden_peer"  # or to a port of a permitted host that may not be reached
     CLIENT_RATE = "client_rate"  # more requests than one client may have served
     PREFIX_RATE = "unauthenticated_rate_per_prefix"  # more work than its network may ask for
     TOTAL_RATE = "unauthenticated_rate"  # more than all without an allocation may ask for together

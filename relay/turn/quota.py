@@ -6,20 +6,22 @@ from relay.turn.state import State
 from relay.turn.tables import Allocation, site_of
 
 
-def require_quota(state: State, user: str, host: str, replaced: list[Allocation]) -> None:
-    """Refuse (486) one allocation more than a user, or an address, may have.
+def require_quota(
+    state: State, user: str, host: str, replaced: list[Allocation], *, wanted: int = 1
+) -> None:
+    """Refuse (486) *wanted* allocations and reservations more than a user, or an address, may have.
 
     The allocations *replaced* are about to end.
     """
     settings, tables = state.settings, state.tables
     limit = settings.max_allocations_per_username
-    if limit is not None and tables.count_of_user(user) - len(replaced) >= limit:
+    if limit is not None and tables.count_of_user(user) - len(replaced) + wanted > limit:
         raise Refused(ErrorCode.ALLOCATION_QUOTA_REACHED, f"the user has {limit}")
     limit = settings.max_allocations_per_ip
     if limit is not None:
         site = site_of(host)
         ending = sum(site_of(other.client[0][0]) == site for other in replaced)
-        if tables.at_site(site) - ending >= limit:
+        if tables.at_site(site) - ending + wanted > limit:
             raise Refused(ErrorCode.ALLOCATION_QUOTA_REACHED, f"the address has {limit}")
 
 

@@ -22,7 +22,7 @@ each process, so nobody can aim at another's slot.
 """
 
 from array import array
-from typing import Final
+from typing import ClassVar, Final
 
 from relay.stun.address import prefix_of
 from relay.turn.commands import Drop
@@ -30,6 +30,10 @@ from relay.turn.commands import Drop
 # A gateway may have hundreds of peers to bind a channel to, all at once, but not every second.
 CLIENT_RATE: Final = 100.0  # requests per second
 CLIENT_BURST: Final = 500.0  # requests after a pause
+
+# Whose peer is gone has an error for each datagram that is sent there; a few of them will do.
+ERROR_RATE: Final = 8.0  # ICMP errors per second
+ERROR_BURST: Final = 16.0
 
 BURST: Final = 5.0  # seconds' worth of work that a prefix may ask for at once after a pause
 # How many times as much a prefix may ask for from proven addresses: no answer to these hits anybody
@@ -54,22 +58,41 @@ Source = int
 """A prefix, and whether what comes from there was proven to: a slot of the tables."""
 
 
-class ClientBudget:
-    """The requests that one 5-tuple may have served: CLIENT_RATE, after a burst."""
+class Budget:
+    """What one allocation may have of something: so much per second, after a burst."""
 
     __slots__ = ("_due",)
 
+    rate: ClassVar[float]  # per second
+    burst: ClassVar[float]
+
     def __init__(self) -> None:
         """Begin with a full budget."""
-        self._due = 0.0  # when the next request would be due at exactly the rate
+        self._due = 0.0  # when the next one would be due at exactly the rate
 
     def is_spent(self, now: float) -> bool:
-        """Tell if no request is to be served at *now*, in monotonic seconds."""
-        return self._due > now + (CLIENT_BURST - 1) / CLIENT_RATE
+        """Tell if there is nothing left at *now*, in monotonic seconds."""
+        return self._due > now + (self.burst - 1) / self.rate
 
     def spend(self, now: float) -> None:
-        """Count a request."""
-        self._due = max(self._due, now) + 1 / CLIENT_RATE
+        """Count one."""
+        self._due = max(self._due, now) + 1 / self.rate
+
+
+class ClientBudget(Budget):
+    """The requests that one 5-tuple may have served."""
+
+    __slots__ = ()
+    rate = CLIENT_RATE
+    burst = CLIENT_BURST
+
+
+class ErrorBudget(Budget):
+    """The ICMP errors of which a client hears: anyone can make up as many as they like."""
+
+    __slots__ = ()
+    rate = ERROR_RATE
+    burst = ERROR_BURST
 
 
 class RateLimiter:

@@ -3,7 +3,8 @@
 After each input take :meth:`Server.next_command` until it is None, and carry the commands
 out in that order. This is the entrance: it lets requests in and hands each to its method's
 handler, in :mod:`relay.turn.allocate` and :mod:`relay.turn.channels`. Relayed data never
-passes through here: ``BindChannel`` and ``UnbindChannel`` say what is relayed.
+passes through here: ``BindChannel`` and ``UnbindChannel`` say what is relayed in channels,
+``InstallPermission`` and ``RemovePermission`` what is by indications.
 """
 
 from collections import Counter, deque
@@ -23,7 +24,7 @@ from relay.turn.admission import Admission
 from relay.turn.allocate import AllocationHandler
 from relay.turn.auth import Authenticator, AuthFailure
 from relay.turn.channels import ChannelHandler
-from relay.turn.commands import ClientAddress, Command, Drop, PortFailure
+from relay.turn.commands import ClientAddress, Command, Drop, PeerAddress, PortFailure
 from relay.turn.peers import PeerPolicy
 from relay.turn.ports import FreePorts
 from relay.turn.ratelimit import RateLimiter
@@ -35,6 +36,13 @@ from relay.turn.tables import Tables
 # Units of work, for RateLimiter.
 ANSWER: Final = 1
 SIGNATURE: Final = 1  # to verify one costs about as much again
+
+
+# Methods that others have. RFC 6062 §6.1
+_KNOWN_ELSEWHERE: Final = {
+    method: f" ({name}, RFC 6062: TCP towards peers)"
+    for method, name in ((0x00A, "Connect"), (0x00B, "ConnectionBind"))
+}
 
 
 class Server:
@@ -61,7 +69,7 @@ class Server:
             settings.unauthenticated_rate_per_prefix, settings.unauthenticated_rate
         )
         self._admission = Admission(authenticator)
-        self._allocations = AllocationHandler(self._state)
+        self._allocations = AllocationHandler(self._state, randbelow)
         self._channels = ChannelHandler(self._state)
         self._handlers: dict[int, Callable[[Request], None]] = {
             Method.ALLOCATE: self._allocations.allocate,
@@ -155,6 +163,20 @@ class Server:
         """
         self._channels.change_peer_policy(peer_policy, now)
 
+    def reaches_outside(self, peer: PeerAddress) -> bool | None:
+        """Tell whether datagrams to *peer* may leave this relay, None if none may be sent to it."""
+        return self._channels.reaches_outside(peer)
+
+    def refuse_send(self) -> Drop:
+        """Say why the Send indications of a client without any permission are dropped."""
+        if self._state.settings.send_indications:
+            return Drop.NO_PERMISSION
+        self._state.hints.give(
+            "Send",
+            "a client sends Send indications, which are dropped; --send-indications relays them",
+        )
+        return Drop.SEND_INDICATIONS_OFF
+
     @property
     def allocations(self) -> int:
         """How many allocations there are."""
@@ -164,6 +186,11 @@ class Server:
     def channels(self) -> int:
         """How many channels are bound."""
         return self._tables.bound
+
+    @property
+    def permissions(self) -> int:
+        """How many permissions there are."""
+        return self._tables.permissions
 
     @property
     def responses(self) -> Counter[tuple[str, str]]:
@@ -204,6 +231,10 @@ class Server:
             return
         handler = self._handlers.get(method)
         if handler is None:
+            what = _KNOWN_ELSEWHERE.get(method, "")
+            self._state.hints.give(
+                f"method {method}", f"a client asks for method {method:#05x}{what}: there is none"
+            )
             raise Refused(ErrorCode.BAD_REQUEST, f"unknown method {method:#05x}")
         self._admission.admit(request)
         handler(request)

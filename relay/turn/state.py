@@ -1,11 +1,12 @@
 """What the handlers share: what is allowed, what there is, and where commands go."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from relay.stun.address import Address, family_of
 from relay.stun.const import ErrorCode
 from relay.turn.commands import Command
+from relay.turn.hints import Hints
 from relay.turn.peers import PeerPolicy
 from relay.turn.request import Answers, Refused, Request
 from relay.turn.settings import Settings
@@ -21,6 +22,7 @@ class State:
     tables: Tables
     answers: Answers
     commands: deque[Command]
+    hints: Hints = field(default_factory=Hints)
 
     def allocation(self, request: Request) -> Allocation:
         """Find the allocation that a request other than Allocate is about. RFC 8656 §5."""

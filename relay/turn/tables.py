@@ -1,4 +1,4 @@
-"""Allocations, channels and every index over them. The only writer of that state.
+"""Allocations, channels, permissions and every index over them. The only writer of that state.
 
 Rules about *who may* are the server's; what is kept here is that the indexes agree, that
 each change of what is relayed leaves as a command, and that everything has a deadline.
@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Final
+from typing import Final, TypeVar
 
 from relay.stun.address import family_of, prefix_of
 from relay.stun.const import ErrorCode, Family, Method
@@ -17,7 +17,9 @@ from relay.turn.commands import (
     ClientAddress,
     ClosePort,
     Command,
+    InstallPermissions,
     PeerAddress,
+    RemovePermissions,
     UnbindChannel,
 )
 from relay.turn.ended import EndedTransactions
@@ -25,8 +27,13 @@ from relay.turn.ports import FreePorts
 from relay.turn.ratelimit import ClientBudget
 from relay.turn.timerwheel import Timer, TimerWheel
 
+T = TypeVar("T")
+
 CHANNEL_LIFETIME: Final = 600  # seconds. RFC 8656 §12
 CHANNEL_COOLDOWN: Final = 300  # seconds until number and peer are free again. RFC 8656 §12
+
+PERMISSION_LIFETIME: Final = 300  # seconds. RFC 8656 §9
+RESERVATION_LIFETIME: Final = 30  # seconds. RFC 8656 §7.2
 
 # How much is ended in one go: as many channels, each of which is some 3 µs of work. So many clients
 # may come and go at one time that all of their deadlines together would hold up everyone's data.
@@ -76,6 +83,33 @@ class Channel:
 
 
 @dataclass(slots=True, eq=False)
+class Permissions:
+    """The hosts that may send to an allocation, and be sent to, at any port. RFC 8656 §9.
+
+    All permissions last equally long, so the one that was asked for first ends first.
+    """
+
+    client: ClientAddress
+    port: int  # of the allocation
+    expires_at: dict[str, float] = field(default_factory=dict)  # by host, the first to end first
+    report_errors: bool = False  # the client has asked for one, not just bound channels
+    timer: Timer | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """A relay port that is kept for another Allocate of the same user. RFC 8656 §7.2."""
+
+    token: bytes  # 8 bytes
+    user: str
+    site: bytes
+    family: Family
+    port: int
+    expires_at: float  # monotonic seconds
+    timer: Timer | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Allocation:
     """A relay port lent to one client. RFC 8656 §6.
 
@@ -89,9 +123,11 @@ class Allocation:
     address_errors: dict[Family, ErrorCode]  # why there is none in a family that was asked for
     transaction_id: bytes  # of the Allocate that made it
     nonce_issued: int  # when that of the Allocate was, in monotonic seconds
+    reservation_token: bytes | None = None  # of the next port, if that was to be kept
     budget: ClientBudget = field(default_factory=ClientBudget)
     channels: dict[int, Channel] = field(default_factory=dict)
     channels_by_peer: dict[PeerAddress, Channel] = field(default_factory=dict)
+    permissions: Permissions | None = None  # None: there has not been any yet
     timer: Timer | None = None
 
     @property
@@ -101,7 +137,7 @@ class Allocation:
 
 
 class Tables:
-    """Every allocation and channel of the relay, by all that they are looked up by."""
+    """Everything that the relay holds for clients, by all that it is looked up by."""
 
     def __init__(self, now: float, free_ports: FreePorts, commands: deque[Command]) -> None:
         """Begin empty; what changes leaves through *commands*."""
@@ -110,13 +146,17 @@ class Tables:
         self._by_port: dict[int, Allocation] = {}
         # A dict serves as an ordered set.
         self._by_user: dict[str, dict[Allocation, None]] = {}
-        self._by_site: Counter[bytes] = Counter()
-        self._deadlines: TimerWheel[Allocation | Channel] = TimerWheel(now)
+        self._by_site: Counter[bytes] = Counter()  # with reservations
+        self._reservations: dict[bytes, Reservation] = {}  # by token
+        self._reserved_by_user: Counter[str] = Counter()
+        self._deadlines: TimerWheel[Allocation | Channel | Permissions | Reservation]
+        self._deadlines = TimerWheel(now)
         self._commands = commands
         self.ended = EndedTransactions()
         self.sockets = 0  # relay ports in use, counted once per family
         self.channels = 0  # bound and cooling ones
         self.bound = 0
+        self.permissions = 0
 
     def __len__(self) -> int:
         return len(self._by_client)
@@ -149,11 +189,11 @@ class Tables:
         return list(self._by_user.get(user, ()))
 
     def count_of_user(self, user: str) -> int:
-        """Return how many allocations a user has."""
-        return len(self._by_user.get(user, ()))
+        """Return how many allocations a user has, or has a port reserved for."""
+        return len(self._by_user.get(user, ())) + self._reserved_by_user[user]
 
     def at_site(self, site: bytes) -> int:
-        """Return how many allocations the clients of a site have."""
+        """Return how many allocations the clients of a site have, or a port reserved for."""
         return self._by_site[site]
 
     @property
@@ -179,7 +219,7 @@ class Tables:
         self._deadlines.schedule(allocation, min(allocation.expires_at.values()))
 
     def delete(self, allocation: Allocation, families: tuple[Family, ...] | None = None) -> None:
-        """Free an allocation, or some of its *families*, with all channels, cooling ones too.
+        """Free an allocation, or some of its *families*, with all channels and permissions.
 
         When no family is left nothing is left of it, and its 5-tuple and port are free.
         """
@@ -196,6 +236,10 @@ class Tables:
                 bound.append((channel.number, channel.peer))
             channel.state = Binding.GONE
             del allocation.channels[channel.number], allocation.channels_by_peer[channel.peer]
+        permissions = allocation.permissions
+        if permissions is not None:
+            hosts = [host for host in permissions.expires_at if family_of(host) in families]
+            self._forget_permissions(permissions, hosts)
         self.channels -= len(ending)
         self.bound -= len(bound)
         self.sockets -= len(families)
@@ -227,6 +271,53 @@ class Tables:
         channel.state = NEXT[channel.state, Input.BIND]
         self._deadlines.schedule(channel, now + CHANNEL_LIFETIME)
 
+    def permit(
+        self, allocation: Allocation, hosts: list[str], *, reports_errors: bool, now: float
+    ) -> None:
+        """Install or refresh permissions. The caller has seen that nothing is in the way."""
+        permissions = allocation.permissions
+        if permissions is None:
+            permissions = Permissions(allocation.client, allocation.port)
+            allocation.permissions = permissions
+        expires_at, end = permissions.expires_at, now + PERMISSION_LIFETIME
+        before = len(expires_at)
+        new = [host for host in hosts if expires_at.pop(host, None) is None]
+        expires_at.update(dict.fromkeys(hosts, end))
+        self.permissions += len(expires_at) - before
+        if new or (reports_errors and not permissions.report_errors):
+            permissions.report_errors = permissions.report_errors or reports_errors
+            self._install(permissions, new)
+        self._schedule_permissions(permissions)
+
+    def recheck_permission(self, permissions: Permissions, host: str, *, is_allowed: bool) -> None:
+        """Apply changed rules to a permission, if there is still one."""
+        if host not in permissions.expires_at:
+            return
+        if is_allowed:
+            self._install(permissions, [host])
+        else:
+            self._remove(permissions, [host])
+
+    def reserve(self, reservation: Reservation) -> None:
+        """Keep a port, which was taken from the free ones, for another Allocate of its user."""
+        assert reservation.token not in self._reservations
+        self._reservations[reservation.token] = reservation
+        self._reserved_by_user[reservation.user] += 1
+        self._by_site[reservation.site] += 1
+        self._deadlines.schedule(reservation, reservation.expires_at)
+
+    def reservation(self, token: bytes) -> Reservation | None:
+        """Return what is reserved under a token."""
+        return self._reservations.get(token)
+
+    def redeem(self, reservation: Reservation) -> int:
+        """End a reservation, and return its port, which is the caller's then."""
+        self._deadlines.cancel(reservation)
+        del self._reservations[reservation.token]
+        _count_down(self._reserved_by_user, reservation.user)
+        _count_down(self._by_site, reservation.site)
+        return reservation.port
+
     def recheck_peer(self, channel: Channel, reaches_outside: bool | None, now: float) -> None:
         """Apply changed rules to a channel, if it is bound.
 
@@ -246,12 +337,18 @@ class Tables:
         work = 0
         while work < ENDED_AT_ONCE and self._deadlines.has_passed(now):
             for due in self._deadlines.advance(now, _PORTION):
-                if isinstance(due, Allocation):
-                    work += _ALLOCATION_COSTS + len(due.channels)
-                    self._expire_allocation(due, now)
-                elif due.state is not Binding.GONE:  # gone with its allocation, a moment ago
-                    work += 1
-                    self._expire_channel(due, now)
+                match due:
+                    case Allocation():
+                        work += _ALLOCATION_COSTS + len(due.channels)
+                        self._expire_allocation(due, now)
+                    case Channel():
+                        work += 1
+                        if due.state is not Binding.GONE:  # with its allocation, a moment ago
+                            self._expire_channel(due, now)
+                    case Permissions():
+                        work += self._expire_permissions(due, now)
+                    case Reservation():
+                        self.free_ports.give_back(self.redeem(due))
             work += 1
 
     def _expire_allocation(self, allocation: Allocation, now: float) -> None:
@@ -268,10 +365,7 @@ class Tables:
         del of_user[allocation]
         if not of_user:
             del self._by_user[user]
-        site = site_of(client[0][0])
-        self._by_site[site] -= 1
-        if not self._by_site[site]:
-            del self._by_site[site]
+        _count_down(self._by_site, site_of(client[0][0]))
         self.free_ports.give_back(allocation.port)
         self.ended.add(client, Method.ALLOCATE, allocation.transaction_id)
 
@@ -285,6 +379,38 @@ class Tables:
             del allocation.channels[channel.number]
             del allocation.channels_by_peer[channel.peer]
             self.channels -= 1
+
+    def _expire_permissions(self, permissions: Permissions, now: float) -> int:
+        """End those whose time has come, or a portion of them; return how many."""
+        ended: list[str] = []
+        for host, end in permissions.expires_at.items():
+            if end > now or len(ended) == ENDED_AT_ONCE:
+                break
+            ended.append(host)
+        if ended:  # else they are gone with their allocation, a moment ago
+            self._remove(permissions, ended)
+        return len(ended)
+
+    def _install(self, permissions: Permissions, hosts: list[str]) -> None:
+        client, port = permissions.client, permissions.port
+        self._commands.append(InstallPermissions(client, port, hosts, permissions.report_errors))
+
+    def _remove(self, permissions: Permissions, hosts: list[str]) -> None:
+        self._forget_permissions(permissions, hosts)
+        self._commands.append(RemovePermissions(permissions.client, permissions.port, hosts))
+
+    def _forget_permissions(self, permissions: Permissions, hosts: list[str]) -> None:
+        for host in hosts:
+            del permissions.expires_at[host]
+        self.permissions -= len(hosts)
+        self._schedule_permissions(permissions)
+
+    def _schedule_permissions(self, permissions: Permissions) -> None:
+        """Wake up when the first of them ends."""
+        if permissions.expires_at:
+            self._deadlines.schedule(permissions, next(iter(permissions.expires_at.values())))
+        else:
+            self._deadlines.cancel(permissions)
 
     def _bind(self, channel: Channel, *, reaches_outside: bool) -> None:
         channel.reaches_outside = reaches_outside
@@ -317,13 +443,35 @@ class Tables:
                 assert channel.port == allocation.port
                 assert channel.state is not Binding.GONE
                 assert family_of(channel.peer[0]) in allocation.families
-        self.free_ports.check(taken=self._by_port)
-        assert self._by_site == Counter(site_of(a.client[0][0]) for a in allocations)
+            permissions = allocation.permissions
+            if permissions is not None:
+                assert permissions.client == allocation.client
+                assert permissions.port == allocation.port
+                ends = list(permissions.expires_at.values())
+                assert ends == sorted(ends)
+                assert all(
+                    family_of(host) in allocation.families for host in permissions.expires_at
+                )
+        reservations = self._reservations.values()
+        self.free_ports.check(taken=[*self._by_port, *(r.port for r in reservations)])
+        sites = [*(site_of(a.client[0][0]) for a in allocations), *(r.site for r in reservations)]
+        assert self._by_site == Counter(sites)
+        assert self._reserved_by_user == Counter(r.user for r in reservations)
         assert self.sockets == sum(len(a.expires_at) for a in allocations)
         assert self.channels == sum(len(a.channels) for a in allocations)
         channels = [c for a in allocations for c in a.channels.values()]
         assert self.bound == sum(c.state is Binding.BOUND for c in channels)
-        assert len(self._deadlines) == len(allocations) + self.channels
+        permitting = [a.permissions.expires_at for a in allocations if a.permissions is not None]
+        assert self.permissions == sum(map(len, permitting))
+        timed = len(allocations) + self.channels + len(reservations)
+        assert len(self._deadlines) == timed + sum(map(bool, permitting))
+
+
+def _count_down(counter: Counter[T], key: T) -> None:
+    """Count one less; what is at zero is forgotten."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 def site_of(host: str) -> bytes:

@@ -32,15 +32,6 @@ pytestmark = [
 ]
 
 
-class EvenPortRefused(Exception):
-    """uclient has given up, because its Allocate was answered with 420."""
-
-
-even_port_is_missing = pytest.mark.xfail(
-    raises=EvenPortRefused, strict=True, reason="EVEN-PORT and RESERVATION-TOKEN are not supported"
-)
-
-
 @pytest.fixture(scope="module")
 def relay() -> Iterator[RelayProcess]:
     """A relay for the channel numbers of RFC 5766, among which uclient draws its own."""
@@ -95,7 +86,6 @@ async def test_refused_requests_do_no_harm(relay: RelayProcess) -> None:
         assert await uclient(relay, "127.0.0.1", *options) == all_of(100)
 
 
-@even_port_is_missing
 @within(seconds=60)
 async def test_rtp_and_rtcp(relay: RelayProcess) -> None:
     """Without -c, uclient wants pairs of ports, and sends on both."""
@@ -104,7 +94,6 @@ async def test_rtp_and_rtcp(relay: RelayProcess) -> None:
         assert await uclient(relay, "127.0.0.1", *options) == all_of(2 * 100)
 
 
-@even_port_is_missing
 @within(seconds=60)
 async def test_rtp_and_rtcp_with_both_ends_on_this_relay(relay: RelayProcess) -> None:
     options = ["-y", *numbers(messages=100)]
@@ -134,20 +123,9 @@ def all_of(messages: int) -> Statistics:
 
 
 async def uclient(relay: RelayProcess, server: str, *options: str) -> Statistics:
-    """Run uclient to its end. Raises EvenPortRefused.
-
-    With -c it decides at random whether an Allocate asks for an even port
-    (``clnet_allocate()`` in its startuclient.c). If one does, uclient is run again.
-    """
+    """Run uclient to its end. At random it asks for an even port, or for none such."""
     credential = ["-u", relay.username, "-w", relay.password]
-    while True:
-        exit_code, output = await run(UCLIENT, "-p", str(relay.port), *credential, *options, server)
-        refused = output.rstrip().endswith("error 420 (Unknown Attribute)")
-        if not refused:
-            break
-        assert exit_code == 255
-        if "-c" not in options:
-            raise EvenPortRefused
+    exit_code, output = await run(UCLIENT, "-p", str(relay.port), *credential, *options, server)
     assert exit_code == 0, output
     *_, (sent, received) = re.findall(r"tot_send_msgs=(\d+), tot_recv_msgs=(\d+)", output)
     [(lost, dropped)] = re.findall(r"Total lost packets (\d+) .*, total send dropped (\d+)", output)
