@@ -26,7 +26,14 @@ from bench.loadlib.clients import Credentials, LoadError
 from bench.loadlib.process import resident_memory
 from bench.loadlib.table import Progress, row, rows, search_rows
 from bench.loadlib.tally import Result, search
-from bench.loadlib.traffic import MOST_CHANNELS, Direction, Load, Session, open_peers
+from bench.loadlib.traffic import (
+    MOST_CHANNELS,
+    Direction,
+    Framing,
+    Load,
+    Session,
+    open_peers,
+)
 from relay.stun.address import Address, format_endpoint
 from relay.turn.auth import mint
 
@@ -71,7 +78,14 @@ def _run(options: argparse.Namespace, load: Load, credentials: Credentials) -> d
             stack.enter_context(peer)
         memory = resident_memory(pid) if pid else 0
         session = stack.enter_context(
-            Session(server, credentials, clients=options.clients, peers=peers, pid=pid)
+            Session(
+                server,
+                credentials,
+                clients=options.clients,
+                peers=peers,
+                pid=pid,
+                framing=Framing.INDICATIONS if options.indications else Framing.CHANNELS,
+            )
         )
         report: dict[str, Any] = {
             "server": format_endpoint(*server),
@@ -177,6 +191,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--gso", action="store_true", help="send each burst in one system call (UDP_SEGMENT)"
+    )
+    what.add_argument(
+        "--indications",
+        action="store_true",
+        help="send and receive Send and Data indications instead of ChannelData",
     )
     what.add_argument(
         "--peer-host", metavar="ADDR", help="where the peers are; default: as the server sees us"

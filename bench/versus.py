@@ -34,7 +34,7 @@ from bench.loadlib.process import cpu_time, resident_memory
 from bench.loadlib.report import write
 from bench.loadlib.servers import SERVERS, Server, running
 from bench.loadlib.tally import CALM, SLOWEST, Lossless, Result, search
-from bench.loadlib.traffic import Load, Session, open_peers
+from bench.loadlib.traffic import Framing, Load, Session, open_peers
 
 DESCRIPTORS: Final = 65536  # for the servers too: each has a socket for each allocation
 FORGETS_AFTER: Final = 3.0  # seconds: by then coturn has forgotten the ports of earlier clients
@@ -59,14 +59,24 @@ class Plan:
 
     payloads: Sequence[int] = (60, 160, 1200)
     payloads_of_defaults: Sequence[int] = (160,)  # compared with coturn with Debian's defaults, too
+    payloads_by_indications: Sequence[int] = (160, 1200)
     clients: Sequence[int] = (1, 10, 100, 1000)
+    clients_by_indications: Sequence[int] = (1, 100)
     rounds: int = 3  # of the search for the lossless rate
     steady_rounds: int = 9  # at the fixed rate, and of Allocates
     allocations: int = 1000  # for Allocates per second
     held: Sequence[int] = (1000, 10_000)  # for memory per allocation
 
 
-QUICK: Final = Plan(payloads=(160,), clients=(10, 100), rounds=1, steady_rounds=5, held=(1000,))
+QUICK: Final = Plan(
+    payloads=(160,),
+    payloads_by_indications=(160,),
+    clients=(10, 100),
+    clients_by_indications=(10,),
+    rounds=1,
+    steady_rounds=5,
+    held=(1000,),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,6 +166,11 @@ def _measure(plan: Plan, network: Network, folder: Path, measured: Measured) -> 
         for gso, payload, clients in itertools.product((False, True), plan.payloads, plan.clients):
             compared = servers if payload in plan.payloads_of_defaults else servers[:2]
             _compare_relaying(compared, network, Shape(payload, clients, gso), plan, measured)
+        for gso, payload, clients in itertools.product(
+            (False, True), plan.payloads_by_indications, plan.clients_by_indications
+        ):
+            shape = Shape(payload, clients, gso, Framing.INDICATIONS)
+            _compare_relaying(servers[:2], network, shape, plan, measured)
         _compare_allocating(servers, network, plan, measured)
     _compare_memory(network, server_cpu, folder, plan, measured)
 
@@ -167,11 +182,13 @@ class Shape:
     payload: int
     clients: int
     gso: bool
+    framing: Framing = Framing.CHANNELS
 
     @property
     def table(self) -> str:
         """Which table it belongs to."""
-        return f"Bursts of {BURST} datagrams in one call (GSO)" if self.gso else "Single datagrams"
+        table = f"Bursts of {BURST} datagrams in one call (GSO)" if self.gso else "Single datagrams"
+        return table if self.framing is Framing.CHANNELS else f"{table}, by indications"
 
     def __str__(self) -> str:
         many = "client" if self.clients == 1 else "clients"
@@ -199,7 +216,8 @@ def _compare_relaying(
     steady: dict[str, list[Result]] = {server.name: [] for server in servers}
     with ExitStack() as stack:
         sessions = {
-            server.name: _enter_session(stack, server, network, shape.clients) for server in servers
+            server.name: _enter_session(stack, server, network, shape.clients, shape.framing)
+            for server in servers
         }
         for name in _alternating(list(sessions), plan.rounds):
             rate = _search(sessions[name], shape.searched, rates[name], measured.calm)
@@ -211,6 +229,7 @@ def _compare_relaying(
             {
                 "server": name,
                 **asdict(shape),
+                "framing": shape.framing.value,
                 "lossless": [asdict(rate) for rate in rates[name]],
                 "steady": [result.as_dict() for result in steady[name]],
             }
@@ -330,7 +349,13 @@ def _compare_memory(
         )
 
 
-def _enter_session(stack: ExitStack, server: Server, network: Network, clients: int) -> Session:
+def _enter_session(
+    stack: ExitStack,
+    server: Server,
+    network: Network,
+    clients: int,
+    framing: Framing = Framing.CHANNELS,
+) -> Session:
     """Return a session with one channel per client, which *stack* ends. Raises LoadError."""
     with inside(network.peers):
         peers = open_peers(PEER_HOST, 1)
@@ -344,6 +369,7 @@ def _enter_session(stack: ExitStack, server: Server, network: Network, clients: 
             peers=peers,
             pid=server.pid,
             patience=PATIENCE,
+            framing=framing,
         )
     return stack.enter_context(session)
 

@@ -144,6 +144,11 @@ class Clients:
         channel = (Attr.CHANNEL_NUMBER, number), (Attr.XOR_PEER_ADDRESS, peer)
         self._ask(lambda client: client.request(Method.CHANNEL_BIND, *channel))
 
+    def permit(self, peer: Address) -> None:
+        """Install a permission for *peer* for each client. Raises LoadError."""
+        address = (Attr.XOR_PEER_ADDRESS, peer)
+        self._ask(lambda client: client.request(Method.CREATE_PERMISSION, address))
+
     def release(self) -> None:
         """Give the allocations back. Raises LoadError."""
         self._ask(lambda client: client.request(Method.REFRESH, (Attr.LIFETIME, 0)))

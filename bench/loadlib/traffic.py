@@ -17,14 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from bench.loadlib.clients import Clients, Credentials, LoadError, udp_socket
 from bench.loadlib.mmsg import LARGEST_DATAGRAM, MAX_SEGMENTS, Inbox, Outbox, socket_name
 from bench.loadlib.process import CpuTime, cpu_time, own_cpu_time
 from bench.loadlib.tally import FLOW_SHIFT, RUN_SHIFT, Result, count_arrivals, latency_of
 from relay.stun.address import Address, family_of, format_endpoint
-from relay.turn.channeldata import HEADER_SIZE
+from relay.stun.attributes import Attr, Attribute
+from relay.stun.const import Kind, Method
+from relay.stun.message import Message
+from relay.turn.channeldata import HEADER, HEADER_SIZE
 
 FIRST_CHANNEL: Final = 0x4000
 MOST_CHANNELS: Final = 0x1000  # RFC 8656 §12
@@ -86,11 +89,34 @@ class Load:
 _WARM_UP: Final = Load(seconds=0.1)
 
 
+class Framing(Enum):
+    """What clients and server put around the payload."""
+
+    CHANNELS = "channels"
+    INDICATIONS = "indications"
+
+    def head(self, channel: int, peer: Address, payload: int) -> bytes:
+        """Return what goes in front of so many bytes for a peer that has a channel, or has none."""
+        if self is Framing.CHANNELS:
+            return HEADER.pack(FIRST_CHANNEL + channel, payload)
+        values: list[tuple[Attribute[Any], Any]] = [
+            (Attr.XOR_PEER_ADDRESS, peer),
+            (Attr.DATA, bytes(payload)),
+        ]
+        message = Message(Kind.INDICATION, Method.SEND, bytes(12), values)
+        return message.encode()[: -self.padded(payload)]
+
+    def padded(self, payload: int) -> int:
+        """Return how long a payload is with what pads it."""
+        return payload if self is Framing.CHANNELS else payload + -payload % 4
+
+
 class Session:
     """Clients with allocations and channels, and the peers that these lead to.
 
-    Channel *i* of each client is bound to peer *i*. Entering allocates, binds and tries
-    it, leaving gives all back; both raise LoadError. The peers stay their owner's.
+    Channel *i* of each client is bound to peer *i*; with indications there is a permission instead.
+    Entering allocates, binds and tries it, leaving gives all back; both raise LoadError. The peers
+    stay their owner's.
     """
 
     def __init__(
@@ -102,6 +128,7 @@ class Session:
         peers: Sequence[socket.socket],
         pid: int | None = None,
         patience: float = 0.5,
+        framing: Framing = Framing.CHANNELS,
     ) -> None:
         """With *pid*, the server's process, results say what a datagram costs there.
 
@@ -109,6 +136,7 @@ class Session:
         *patience* seconds is lost.
         """
         self._clients = Clients(server, credentials, clients)
+        self._framing = framing
         self._server = server
         self._peers = peers
         self._pid = pid
@@ -158,6 +186,7 @@ class Session:
             {peer.fileno() for peer in self._peers},
             next(self._runs),
             load,
+            frame=self._frame_to_client(load.payload),
         )
         own, server = own_cpu_time(), self._server_cpu_time()
         try:
@@ -173,23 +202,50 @@ class Session:
         return CpuTime() if self._pid is None else cpu_time(self._pid)
 
     def _flows(self, load: Load) -> "list[_Flow]":
-        up = Outbox(HEADER_SIZE + load.payload, load.burst, gso=load.gso)
+        head = self._head(0, load)
+        up_size = len(head) + self._framing.padded(load.payload)
+        up, stamp = Outbox(up_size, load.burst, gso=load.gso), struct.Struct(f"!{len(head)}sQQ")
         name_size = len(socket_name(*self._clients.all[0].relayed_address))
         down = Outbox(load.payload, load.burst, gso=load.gso, name_size=name_size)
         flows = []
         for channel, peer in enumerate(self._peers):
-            header = FIRST_CHANNEL + channel, load.payload
+            head = self._head(channel, load)
             for client in self._clients.all:
                 if load.direction is not Direction.DOWN:
-                    flows.append(_Flow(up, client.socket.fileno(), b"", _UP, header))
+                    flows.append(_Flow(up, client.socket.fileno(), b"", stamp, (head,)))
                 if load.direction is not Direction.UP:
                     name = socket_name(*client.relayed_address)
                     flows.append(_Flow(down, peer.fileno(), name, _DOWN, ()))
         return flows
 
+    def _head(self, channel: int, load: Load) -> bytes:
+        peer: Address = self._peers[channel].getsockname()[:2]
+        return self._framing.head(channel, peer, load.payload)
+
+    def _frame_to_client(self, payload: int) -> tuple[int, int]:
+        """Return where the payload begins in what clients receive, and how long that is.
+
+        In Data indications servers have what they like: SOFTWARE, or DATA first. So it is tried.
+        """
+        if self._framing is Framing.CHANNELS:
+            return HEADER_SIZE, HEADER_SIZE + payload
+        client, filler = self._clients.all[0], b"\xa5" * payload
+        self._peers[0].sendto(filler, client.relayed_address)
+        poll = select.poll()
+        poll.register(client.socket, select.POLLIN)
+        while poll.poll(1000):
+            datagram = client.socket.recv(LARGEST_DATAGRAM)
+            if filler in datagram:
+                return datagram.index(filler), len(datagram)
+        raise LoadError("no Data indication arrives: may the server reach the peers?")
+
     def _bind(self) -> None:
         for channel, peer in enumerate(self._peers):
-            self._clients.bind(FIRST_CHANNEL + channel, peer.getsockname()[:2])
+            address = peer.getsockname()[:2]
+            if self._framing is Framing.CHANNELS:
+                self._clients.bind(FIRST_CHANNEL + channel, address)
+            else:
+                self._clients.permit(address)
         self._bound_at = time.monotonic()
 
     def _close(self) -> None:
@@ -211,8 +267,7 @@ def open_peers(host: str, count: int) -> list[socket.socket]:
     return peers
 
 
-_UP: Final = struct.Struct("!HHQQ")  # ChannelData's header, word, time
-_DOWN: Final = struct.Struct("!QQ")
+_DOWN: Final = struct.Struct("!QQ")  # word, time
 _unpack_stamp: Final = _DOWN.unpack_from
 
 
@@ -227,7 +282,7 @@ class _Flow:
         descriptor: int,
         name: bytes,
         stamp: struct.Struct,
-        header: tuple[int, ...],
+        header: tuple[bytes, ...],
     ) -> None:
         self._outbox = outbox
         self._descriptor = descriptor
@@ -263,8 +318,17 @@ class _Measurement:
     """One load while it runs. Arrivals are only noted; they are made sense of afterwards."""
 
     def __init__(
-        self, inbox: Inbox, poll: select.epoll, peers: set[int], run: int, load: Load
+        self,
+        inbox: Inbox,
+        poll: select.epoll,
+        peers: set[int],
+        run: int,
+        load: Load,
+        *,
+        frame: tuple[int, int],
     ) -> None:
+        """*frame*: where the payload begins in what clients receive, and how long that is."""
+        self._frame = frame
         self._inbox = inbox
         self._poll = poll
         self._peers = peers
@@ -331,8 +395,10 @@ class _Measurement:
         for descriptor, _ in readable:
             pieces = receive(descriptor)
             now = time.monotonic_ns()
-            at = 0 if descriptor in self._peers else HEADER_SIZE
-            size = at + self._load.payload
+            if descriptor in self._peers:
+                at, size = 0, self._load.payload
+            else:
+                at, size = self._frame
             for start, stop, step in pieces:
                 if step != size:  # not ours: a late answer to a request, or someone else's
                     continue
