@@ -1,10 +1,10 @@
 """How long everybody's data is held up by what happens to many at once.
 
-Run it with ``python -m bench.stalls``. The relay has 16,000 allocations with 200,000 channels, on
-real sockets, in the real event loop; its clients have none, so nobody has to take the answers. For
-each event the table has the longest iteration of the loop, how many it took until all was done, and
-the longest pause of the garbage collector meanwhile. The collector is set as the daemon sets it, or
-by ``--gc``, three thresholds with commas between, to compare others.
+Run it with ``python -m bench.stalls``. The relay has 16,000 allocations with 200,000 channels and
+even more permissions, on real sockets, in the real event loop; its clients have none, so nobody has
+to take the answers. For each event the table has the longest iteration of the loop, how many it took
+until all was done, and the longest pause of the garbage collector meanwhile. The collector is set as
+the daemon sets it, or by ``--gc``, three thresholds with commas between, to compare others.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from tests.scenario import DOCUMENTATION, Client
 ALLOCATIONS: Final = 16_000
 CHANNELS: Final = 200_000
 MOST: Final = 4096  # channels that one allocation can have
-MAX_CHANNELS: Final = 1 << 18
+MAX_CHANNELS: Final = 1 << 18  # and permissions
+HOSTS: Final = 15  # with permissions of each allocation
 FIRST_PORT: Final = 30_000
 FREE_PORTS: Final = 16  # besides those that are lent
 ADDRESSES: Final = 20_000  # of the host, at most
@@ -99,7 +100,7 @@ class Full(Idle):
 
     def __init__(self, allocations: int) -> None:
         super().__init__(range(FIRST_PORT, FIRST_PORT + allocations + FREE_PORTS))
-        self.scenario.changes_settings(max_channels=MAX_CHANNELS)
+        self.scenario.changes_settings(max_channels=MAX_CHANNELS, max_permissions=MAX_CHANNELS)
         self._clients = [self.client(number) for number in range(allocations)]
         for client in self._clients:
             assert client.nonce  # which is asked for now, as long as there is little to check
@@ -115,10 +116,11 @@ class Full(Idle):
             f"each binds {each} channels": lambda stalls: self._each_binds(each, channels, stalls),
             f"one binds {MOST} channels": self._one_binds_many,
             "and ends": self._it_ends,
+            f"each permits {HOSTS} hosts": self._each_permits,
             "the rules about peers change": self._rules_change,
             f"the host gets {ADDRESSES} addresses": self._addresses_come,
             "and loses them without a word": self._addresses_are_gone,
-            "all channels expire": lambda stalls: self._passes(700, stalls),
+            "all channels and permissions expire": lambda stalls: self._passes(700, stalls),
             "they have cooled down": lambda stalls: self._passes(300, stalls),
             "half of the allocations end, others come": self._churn,
             "all allocations expire": lambda stalls: self._passes(4000, stalls),
@@ -149,6 +151,12 @@ class Full(Idle):
     def _it_ends(self, stalls: Stalls) -> None:
         self._asks(0, self._clients[0].signed(Method.REFRESH, (Attr.LIFETIME, 0)), stalls)
         self._asks(0, allocate_of(self._clients[0]), stalls)
+
+    def _each_permits(self, stalls: Stalls) -> None:
+        hosts = [(Attr.XOR_PEER_ADDRESS, (f"198.51.100.{host}", 1)) for host in range(HOSTS)]
+        for number, client in enumerate(self._clients):
+            self._asks(number, client.signed(Method.CREATE_PERMISSION, *hosts), stalls)
+        assert self.scenario.server.permissions >= HOSTS * len(self._clients)
 
     def _rules_change(self, stalls: Stalls) -> None:
         policy = PeerPolicy(DOCUMENTATION, ["203.0.113.0/24"])

@@ -33,7 +33,7 @@ from bench.loadlib.tally import (
     percentile,
     search,
 )
-from bench.loadlib.traffic import Direction, Load, Session, open_peers
+from bench.loadlib.traffic import Direction, Framing, Load, Session, open_peers
 from relay.stun.address import Address
 from relay.stun.attributes import Attr
 from relay.stun.const import Kind
@@ -61,9 +61,9 @@ def relay(secret_file: Path) -> Iterator[RelayProcess]:
         yield process
 
 
-@pytest.fixture
-def session(relay: RelayProcess) -> Iterator[Session]:
-    with Loaded(relay, clients=3, channels=2) as session:
+@pytest.fixture(params=Framing, ids=lambda framing: framing.value)
+def session(request: pytest.FixtureRequest, relay: RelayProcess) -> Iterator[Session]:
+    with Loaded(relay, clients=3, channels=2, framing=request.param) as session:
         yield session
 
 
@@ -139,10 +139,11 @@ def test_every_datagram_of_every_flow_arrives(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 @pytest.mark.parametrize("server", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("framing", Framing, ids=lambda framing: framing.value)
 def test_clients_and_peers_are_of_either_family(
-    relay: RelayProcess, server: str, host: str
+    relay: RelayProcess, server: str, host: str, framing: Framing
 ) -> None:
-    with Loaded(relay, clients=2, channels=1, server=server, host=host) as session:
+    with Loaded(relay, clients=2, channels=1, server=server, host=host, framing=framing) as session:
         result = session.measure(Load(rate=2000, seconds=0.01))
     assert result.received > 0
     assert result.lost == 0
@@ -198,6 +199,7 @@ class Loaded(Session):
         channels: int,
         server: str = HOST,
         host: str = HOST,
+        framing: Framing = Framing.CHANNELS,
     ) -> None:
         self._own_peers = open_peers(host, channels)
         super().__init__(
@@ -206,6 +208,7 @@ class Loaded(Session):
             clients=clients,
             peers=self._own_peers,
             patience=TIMEOUT,
+            framing=framing,
         )
 
     def _close(self) -> None:

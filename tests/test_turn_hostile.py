@@ -11,7 +11,7 @@ from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
 from relay.stun.integrity import integrity
 from relay.turn.channeldata import RFC5766_NUMBERS
-from tests.scenario import Client, Scenario, channel_data, request
+from tests.scenario import Client, Scenario, channel_data, request, send_indication
 
 
 @given(st.lists(st.binary(max_size=200), max_size=8))
@@ -70,6 +70,20 @@ def test_any_attributes_signed_by_a_user(attributes: list[tuple[int, bytes]]) ->
     is_unharmed(relay)
 
 
+@given(st.lists(st.tuples(st.integers(0, 0xFFFF), st.binary(max_size=40)), max_size=12))
+def test_any_attributes_in_a_send_indication(attributes: list[tuple[int, bytes]]) -> None:
+    relay, mallory = attacked()
+    body = b"".join(
+        kind.to_bytes(2, "big") + len(value).to_bytes(2, "big") + value + bytes(-len(value) % 4)
+        for kind, value in [(0x0013, b"data"), *attributes]
+    )
+    mallory.sends(
+        b"\x00\x16" + len(body).to_bytes(2, "big") + b"\x21\x12\xa4\x42" + bytes(12) + body
+    )
+
+    is_unharmed(relay)
+
+
 @given(st.binary(max_size=100), st.integers(0, 65535))
 def test_any_peer(payload: bytes, port: int) -> None:
     relay, mallory = attacked()
@@ -79,9 +93,11 @@ def test_any_peer(payload: bytes, port: int) -> None:
 
 
 def attacked() -> tuple[Scenario, Client]:
-    """A relay, and a hostile client with an allocation and a channel."""
+    """A relay, and a hostile client with an allocation, a channel and permissions."""
     relay = Scenario(channel_numbers=RFC5766_NUMBERS)
-    mallory = relay.client("192.0.2.66:6000").allocates()
+    mallory = relay.client("192.0.2.66:6000")
+    mallory.allocates((Attr.ADDITIONAL_ADDRESS_FAMILY, Family.IPV6))
+    mallory.permits(("2001:db8::66", 1))
     mallory.binds(0x4000, ("198.51.100.66", 6000))
     return relay, mallory
 
@@ -110,6 +126,12 @@ def valid_datagrams(client: Client) -> list[bytes]:
             (Attr.XOR_PEER_ADDRESS, ("198.51.100.7", 9000)),
         ),
         channel_data(0x4000, b"some payload"),
+        client.signed(Method.CREATE_PERMISSION, (Attr.XOR_PEER_ADDRESS, ("198.51.100.7", 0))),
+        client.signed(
+            Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL), (Attr.EVEN_PORT, 0x80)
+        ),
+        send_indication(("198.51.100.66", 6001), b"some payload"),
+        send_indication(("2001:db8::66", 6001), b"some payload", (Attr.DONT_FRAGMENT, b"")),
     ]
 
 
