@@ -28,8 +28,8 @@ from relay.observe.logratelimit import LogRateLimit
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
 from relay.stun.raw import MAX_PEERS
-from relay.turn.auth import REALM
 from relay.turn.commands import ClientAddress, Drop
+from relay.turn.users import DEFAULT_REALM
 from tests.scenario import Client, Scenario, Value, channel_data, request
 
 BATCHES: Final = 60
@@ -432,7 +432,7 @@ def _wrongly_signed(number: int, nonce: bytes, *attributes: Value) -> bytes:
     """Return an Allocate by a username that nobody has had before."""
     credentials: tuple[Value, ...] = (
         (Attr.USERNAME, f"{2**40}:{number}"),
-        (Attr.REALM, REALM),
+        (Attr.REALM, DEFAULT_REALM),
         (Attr.NONCE, nonce),
     )
     return request(Method.ALLOCATE, *attributes, *credentials).encode(b"guessed")

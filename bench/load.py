@@ -35,7 +35,7 @@ from bench.loadlib.traffic import (
     open_peers,
 )
 from relay.stun.address import Address, format_endpoint
-from relay.turn.auth import mint
+from relay.turn.users import mint
 
 DEFAULT_PORT: Final = 3478
 CREDENTIAL_LIFETIME: Final = 86400  # seconds

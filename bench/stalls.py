@@ -2,9 +2,9 @@
 
 Run it with ``python -m bench.stalls``. The relay has 16,000 allocations with 200,000 channels and
 even more permissions, on real sockets, in the real event loop; its clients have none, so nobody has
-to take the answers. For each event the table has the longest iteration of the loop, how many it took
-until all was done, and the longest pause of the garbage collector meanwhile. The collector is set as
-the daemon sets it, or by ``--gc``, three thresholds with commas between, to compare others.
+to take the answers. For each event the table has the longest iteration of the loop, how many it
+took until all was done, and the longest pause of the garbage collector meanwhile. The collector is
+set as the daemon sets it, or by ``--gc``, three thresholds with commas between, to compare others.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 
 from relay.assembly import MAX_CHANNELS
 from relay.config.options import DEFAULT_FILE, OPTIONS, Option
+from relay.config.parsing import MOST_SECRETS
 from relay.config.reading import build_parser
 from relay.daemon import CREDENTIAL_LIFETIME
 from relay.net.listening import LISTEN_BUFFER
@@ -25,9 +26,10 @@ from relay.observe.counters import Counters
 from relay.observe.exposition import STUCK_AFTER, RelayCollector, Status
 from relay.observe.logratelimit import BURST, BURST_OF_ALL, INTERVAL
 from relay.turn import ratelimit
-from relay.turn.auth import REALM, AuthFailure
+from relay.turn.auth import AuthFailure
 from relay.turn.commands import Drop
 from relay.turn.peers import NOT_PUBLIC
+from relay.turn.users import DEFAULT_REALM
 from relay.version import __version__
 
 HERE: Final = Path(__file__).parent
@@ -111,7 +113,8 @@ def _manual_page(parser: ArgumentParser) -> str:
         "drop-reasons": _enumeration(reason.value for reason in Drop),
         "auth-failures": _enumeration(failure.value for failure in AuthFailure),
         "not-public": "\n".join(_prefix_lines()),
-        "realm": REALM,
+        "realm": DEFAULT_REALM,
+        "most-secrets": str(MOST_SECRETS),
         "credential-hours": str(CREDENTIAL_LIFETIME // 3600),
         "max-channels": f"{MAX_CHANNELS:,}",
         "listen-buffer": str(LISTEN_BUFFER >> 20),

@@ -80,6 +80,7 @@ class Parts:
     counters: Counters
     listeners: dict[Family, ListeningSocket]
     server: Server
+    authenticator: Authenticator
     datapath: DataPath
     monitor: Monitor
     supervision: Supervision
@@ -137,9 +138,10 @@ def assemble(
         addresses, public=_by_number(config.public_hosts), bind=_by_number(config.bind_hosts)
     )
     peer_policy = peer_policy_of(config, own_hosts)
+    authenticator = Authenticator(config.all_users(secret), nonce_key=rng.randbytes(32))
     server = Server(
         settings_of(config, max_sockets),
-        authenticator=Authenticator(secret, nonce_key=rng.randbytes(32)),
+        authenticator=authenticator,
         peer_policy=peer_policy,
         randbelow=rng.randrange,
         now=reactor.clock(),
@@ -181,6 +183,7 @@ def assemble(
         counters=counters,
         listeners=listeners,
         server=server,
+        authenticator=authenticator,
         datapath=datapath,
         monitor=monitor,
         supervision=_supervision(reactor, monitor),

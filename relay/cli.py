@@ -19,7 +19,7 @@ from relay.config.options import OPTIONS
 from relay.config.reading import PROGRAM, Command, UsageError, read, reread
 from relay.daemon import CAUGHT, Daemon
 from relay.observe.logs import configure
-from relay.turn.auth import mint
+from relay.turn.users import mint, mint_rest
 
 logger = logging.getLogger("relay.cli")
 
@@ -51,7 +51,7 @@ def _run(argv: Sequence[str], command: Command) -> int:
     if command.check_config:
         print("the configuration is good")
     if command.mint is not None:
-        _print_credential(command.config, command.mint)
+        _print_credential(command.config, command.mint, command.mint_user)
     if command.print_config or command.check_config or command.mint is not None:
         return os.EX_OK
     _warn_about_private_hosts(command.private_hosts)
@@ -112,13 +112,17 @@ def _refusal(config: Config) -> str:
     return "ignore" if config.ignores_refused_peers else "error"
 
 
-def _print_credential(config: Config, seconds: int) -> None:
-    if config.relay_secret is None:
+def _print_credential(config: Config, seconds: int, user: str | None) -> None:
+    expires, name = int(time.time()) + seconds, user or secrets.token_urlsafe(12)
+    if config.auth_secrets is not None:
+        username, password = mint_rest(expires, name, config.auth_secrets[0])
+    elif config.relay_secret is not None:
+        username, password = mint(expires, name, config.relay_secret)
+    else:
         raise ConfigError(
-            "--mint needs --relay-secret-file: without it every relay draws a secret of its own"
+            "--mint needs --auth-secret-file or --relay-secret-file: without them every relay "
+            "draws a secret of its own"
         )
-    expires = int(time.time()) + seconds
-    username, password = mint(expires, secrets.token_urlsafe(12), config.relay_secret)
     print(as_json(config.urls, username, password, expires))
 
 

@@ -25,7 +25,7 @@ from relay.portal.phoenix import (
     PortalUnavailable,
 )
 from relay.stun.address import format_endpoint
-from relay.turn.auth import mint
+from relay.turn.users import mint, mint_rest
 
 logger = logging.getLogger("relay.daemon")
 
@@ -163,7 +163,7 @@ class Daemon:
                 self._print_credential()
             else:
                 logger.info(
-                    "credentials: with --relay-secret-file, --mint prints one; --print-credential "
+                    "credentials: with a secret from a file --mint prints one; --print-credential "
                     "prints one at the start"
                 )
             self._serve()
@@ -196,6 +196,8 @@ class Daemon:
         if (config.log_format, config.log_levels) != (before.log_format, before.log_levels):
             logs.configure(config.log_format, config.log_levels)
         self._parts.server.change_settings(settings_of(config, self._parts.max_sockets))
+        if (config.auth_secrets, config.users) != (before.auth_secrets, before.users):
+            self._parts.authenticator.change_users(config.all_users(self._parts.secret))
         self._parts.port_hosts.look_at_all()
         self._say_if_ready()
         self._parts.peer_policy = peer_policy_of(config, self._parts.own_hosts)
@@ -267,7 +269,13 @@ class Daemon:
     def _print_credential(self) -> None:
         """Print how to use this relay: for people, or, as the log is for machines, as JSON."""
         config, expiry = self._config, int(time.time()) + CREDENTIAL_LIFETIME
-        username, password = mint(expiry, self._parts.salt, self._parts.secret)
+        if config.has_firezones_users:
+            username, password = mint(expiry, self._parts.salt, self._parts.secret)
+        elif config.auth_secrets is not None:
+            username, password = mint_rest(expiry, self._parts.salt, config.auth_secrets[0])
+        else:
+            logger.info("TURN URL: %s; users: those of --users-file", " ".join(config.urls))
+            return
         write = as_json if config.log_format == "json" else as_text
         if not logs.write(sys.stdout, write(config.urls, username, password, expiry)):
             # Nobody reads it, which is no reason not to serve.

@@ -38,7 +38,7 @@ from typing import Any, Final, Self
 
 import pytest
 
-from relay.turn.auth import mint
+from relay.turn.users import mint
 
 WAIT: Final = 10.0  # seconds
 BETWEEN_DRIPS: Final = 0.005  # seconds

@@ -20,7 +20,7 @@ import pytest
 from relay.stun.attributes import Attr, Attribute
 from relay.stun.const import Family, Kind, Method
 from relay.stun.message import Message
-from relay.turn.auth import REALM, mint
+from relay.turn.users import DEFAULT_REALM, mint
 from tests.scenario import channel_data, request
 from tests.turnclient import TIMEOUT, TurnClient, TurnError
 
@@ -103,7 +103,7 @@ class Target:
     ) -> bytes:
         """What a client with an allocation sends. Its nonce is no good for anybody else."""
         anchor = self._anchors[0]
-        credentials = ((Attr.USERNAME, anchor._username), (Attr.REALM, REALM))
+        credentials = ((Attr.USERNAME, anchor._username), (Attr.REALM, DEFAULT_REALM))
         own = anchor._nonce if nonce is None else nonce
         return request(method, *attributes, *credentials, (Attr.NONCE, own)).encode(anchor._key)
 

@@ -161,9 +161,12 @@ class RelayProcess:
         """Send it a signal."""
         self.process.send_signal(number)
 
-    def logs(self, text: str) -> str:
-        """Wait for a line of the log that holds *text*, and return it."""
-        seen = 0
+    def logs(self, text: str, *, after: int = 0) -> str:
+        """Wait for a line of the log that holds *text*, and return it.
+
+        The first *after* lines do not count.
+        """
+        seen = after
         with self._log_grows:
             while True:
                 for line in self._log[seen:]:
@@ -172,6 +175,11 @@ class RelayProcess:
                 seen = len(self._log)
                 if self._log_ended or not self._log_grows.wait(TIMEOUT):
                     raise AssertionError(f"{text!r} is not logged: {self.errors()}")
+
+    @property
+    def lines(self) -> int:
+        """How many lines it has logged so far."""
+        return len(self._log)
 
     def errors(self) -> str:
         """Return what it has logged so far; after its end, all of it."""

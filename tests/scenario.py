@@ -30,12 +30,13 @@ from relay.stun.address import Address, family_of
 from relay.stun.attributes import Attr, Attribute
 from relay.stun.const import UDP_PROTOCOL, Family, Kind, Method
 from relay.stun.message import Message, Received, decode
-from relay.turn.auth import REALM, Authenticator, mint
+from relay.turn.auth import Authenticator
 from relay.turn.channeldata import HEADER, RFC8656_NUMBERS
 from relay.turn.commands import ClientAddress, PeerAddress
 from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server
 from relay.turn.settings import Settings
+from relay.turn.users import DEFAULT_REALM, Users, mint
 
 T = TypeVar("T")
 
@@ -73,6 +74,7 @@ class Scenario:
         deny_peers: Iterable[str] = (),
         software: str | None = None,
         authenticator: type[Authenticator] = Authenticator,
+        users: Users | None = None,
     ) -> None:
         both = {Family.IPV4: PUBLIC_IP4, Family.IPV6: PUBLIC_IP6}
         public_hosts = {family: both[family] for family in families}
@@ -100,9 +102,12 @@ class Scenario:
             unauthenticated_rate=unauthenticated_rate,
             software=software,
         )
+        self.authenticator = authenticator(
+            Users(secret=SECRET) if users is None else users, rng.randbytes(32)
+        )
         self.server = Server(
             self.settings,
-            authenticator=authenticator(SECRET, rng.randbytes(32)),
+            authenticator=self.authenticator,
             peer_policy=_peer_policy(allow_peers, deny_peers),
             randbelow=rng.randrange,
             now=self.time.now,
@@ -223,13 +228,14 @@ class Client:
 
     @property
     def key(self) -> bytes:
-        return integrity.long_term_key(self.username, REALM, self.password)
+        return integrity.long_term_key(self.username, DEFAULT_REALM, self.password)
 
     @property
     def nonce(self) -> bytes:
         """The nonce of the first 401, which is asked for when it is needed."""
         if self._nonce is None:
-            nonce = self.hears(request(Method.ALLOCATE).encode()).get(Attr.NONCE)
+            asked = request(Method.ALLOCATE, (Attr.REQUESTED_TRANSPORT, UDP_PROTOCOL))
+            nonce = self.hears(asked.encode()).get(Attr.NONCE)
             assert nonce is not None
             self._nonce = nonce
         return self._nonce
@@ -286,7 +292,7 @@ class Client:
         """An authenticated request, as this client would send it now."""
         credentials: list[Value] = [
             (Attr.USERNAME, self.username),
-            (Attr.REALM, REALM),
+            (Attr.REALM, DEFAULT_REALM),
             (Attr.NONCE, self.nonce),
         ]
         message = request(method, *attributes, *credentials, transaction_id=transaction_id)

@@ -1,6 +1,7 @@
 """From flags, environment and file to a configuration; from how it ends to an exit code."""
 
 import hashlib
+import hmac
 import json
 import logging
 import os
@@ -46,6 +47,12 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     "api-url": (("ws://[::1]:8080/a", "ws://[::1]:8080/a"), ("wss://x.test", "wss://x.test")),
     "name": (("relay-1", "relay-1"), ("Zürich (West)", "Zürich (West)")),
     "relay-secret-file": (("secret", SECRET), ("other-secret", OTHER_SECRET)),
+    "auth-secret-file": (("rest", ("one", "two")), ("secret", (SECRET,))),
+    "users-file": (
+        ("users", {"alice": "word", "bob": bytes(16), "carol": bytes(32)}),
+        ("other-users", {"d\u00f6rte": "w\u00f6rd:with colon # and hash"}),
+    ),
+    "realm": (("example.org", "example.org"), ("\u00fc" * 16, "\u00fc" * 16)),
     "allow-peer": (
         ("10.0.0.0/8", ("10.0.0.0/8",)),
         ("192.0.2.7,2001:db8::/32", ("192.0.2.7/32", "2001:db8::/32")),
@@ -80,6 +87,14 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     "rng-seed": (("0", 0), ("7", 7)),
 }
 
+FILES: Final = {
+    "secret": SECRET,
+    "other-secret": OTHER_SECRET,
+    "rest": "# of the web service\none\n\n  two\none\n",
+    "users": f"# three\nalice:word\n\nbob:0x{'00' * 16}\r\ncarol:0x{'00' * 32}\n",
+    "other-users": "\ufeffd\u00f6rte:w\u00f6rd:with colon # and hash",
+}
+
 # For each option a text that means nothing.
 BAD: Final = {
     "public-ip4-addr": "0.0.0.0",
@@ -93,6 +108,9 @@ BAD: Final = {
     "api-url": "ftp://x.test",
     "name": "a\x07b",
     "relay-secret-file": "missing",
+    "auth-secret-file": "missing",
+    "users-file": "missing",
+    "realm": 'a "realm"',
     "allow-peer": "10.0.0.1/8",
     "deny-peer": "example.com",
     "refused-peers": "maybe",
@@ -958,6 +976,77 @@ def test_the_secret_is_not_part_of_what_a_configuration_looks_like() -> None:
     assert SECRET not in repr(config)
 
 
+# --- Secrets and users in files --------------------------------------------------------------
+
+BAD_USERS = [
+    pytest.param("alice", "line 1 is not name:password", id="no colon"),
+    pytest.param("# one\n\n:word", "line 3 has a name that is empty", id="no name"),
+    pytest.param("a" * 509 + ":word", "longer than 508 bytes", id="a long name"),
+    pytest.param("alice:", "line 1 has no password", id="no password"),
+    pytest.param("alice:one\nalice:two", "line 2 is of a user that there is", id="twice"),
+    pytest.param("alice:0x12", "line 1 has a key that is not 32 or 64 hex", id="a short key"),
+    pytest.param("alice:0x" + "xy" * 16, "line 1 has a key", id="no hexadecimal"),
+    pytest.param("alice:a\tb", "line 1 holds control characters", id="a tab"),
+    pytest.param(b"alice:\xff", "line 1 is not UTF-8", id="not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("content", "problem"), BAD_USERS)
+def test_a_bad_line_of_users_is_named_and_not_quoted(
+    cli: "Cli", content: str | bytes, problem: str
+) -> None:
+    written = content.encode() if isinstance(content, str) else content
+    Path("bad").write_bytes(written.replace(b"word", b"Geheim"))
+    result = cli("-c", os.devnull, "--check-config", "--users-file=bad")
+
+    assert result.exit_code == 78
+    assert "users-file 'bad'" in result.complaint
+    assert problem in result.complaint
+    assert "Geheim" not in result.complaint
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        pytest.param("", "holds no secret", id="empty"),
+        pytest.param("# one\n", "holds no secret", id="a comment"),
+        pytest.param("one\ntwo words", "line 2 holds more than one word", id="two words"),
+        pytest.param("w\u00f6rd", "line 1 holds no plain ASCII", id="not ASCII"),
+        pytest.param("\n".join("abcdefghi"), "more than 8", id="nine"),
+    ],
+)
+def test_bad_secrets_are_named_and_not_quoted(cli: "Cli", content: str, problem: str) -> None:
+    Path("bad").write_text(content)
+    result = cli("-c", os.devnull, "--check-config", "--auth-secret-file=bad")
+
+    assert result.exit_code == 78
+    assert "auth-secret-file 'bad'" in result.complaint
+    assert problem in result.complaint
+    assert "two words" not in result.complaint
+
+
+def test_what_is_configured_says_whether_there_are_firezones_users() -> None:
+    assert reads().config.has_firezones_users
+    assert reads("--relay-secret-file=secret", "--users-file=users").config.has_firezones_users
+    assert reads("--token-file=secret", "--users-file=users").config.has_firezones_users
+    assert not reads("--users-file=users").config.has_firezones_users
+    assert not reads("--auth-secret-file=rest").config.has_firezones_users
+
+
+def test_with_a_token_the_realm_is_firezones() -> None:
+    with pytest.raises(ConfigError, match=r"realm 'example.org': with a token it is 'firezone'"):
+        reads("--token-file=secret", "--realm=example.org")
+
+
+@pytest.mark.parametrize("realm", ["x" * 33, "\u00fc" * 17, "", "a\\b"])
+def test_a_realm_is_short_and_plain(cli: "Cli", realm: str) -> None:
+    """With a longer one a 401 to the shortest Allocate could hold no nonce."""
+    result = cli("-c", os.devnull, "--check-config", f"--realm={realm}")
+
+    assert result.exit_code == 78
+    assert "realm" in result.complaint
+
+
 # --- Minting credentials ---------------------------------------------------------------------
 
 
@@ -1004,6 +1093,24 @@ def test_minted_passwords_are_checked_by_a_formula_that_is_right(
     assert password_of(username, secret) == password
 
 
+def test_mint_makes_credentials_of_the_first_secret_of_a_web_service(cli: "Cli") -> None:
+    options = ["--auth-secret-file=rest", "--relay-secret-file=secret", "--mint-user=alice"]
+    minted = json.loads(cli("-c", os.devnull, "--mint=60", *options).out)
+
+    username = minted["username"]
+    assert username == f"{minted['expires']}:alice"
+    digest = hmac.digest(b"one", username.encode(), "sha1")
+    assert minted["credential"] == b64encode(digest).decode()
+
+
+def test_whom_a_credential_is_for_can_be_said(cli: "Cli") -> None:
+    options = ["--relay-secret-file=secret", "--mint-user=alice"]
+    minted = json.loads(cli("-c", os.devnull, "--mint=60", *options).out)
+
+    assert minted["username"] == f"{minted['expires']}:alice"
+    assert minted["credential"] == password_of(minted["username"], SECRET)
+
+
 def test_no_two_credentials_are_the_same(cli: "Cli") -> None:
     usernames = set()
     for _ in range(3):
@@ -1017,13 +1124,14 @@ def test_mint_needs_a_secret_that_stays(cli: "Cli") -> None:
     result = cli("-c", os.devnull, "--mint=60", PUBLIC_IP4_ADDR="192.0.2.1")
 
     assert result.exit_code == 78
-    assert "--relay-secret-file" in result.complaint
+    assert "--auth-secret-file or --relay-secret-file" in result.complaint
 
 
-def test_a_minted_credential_is_good_for_a_relay_with_that_secret(cli: "Cli") -> None:
-    minted = json.loads(cli("-c", os.devnull, "--mint=60", "--relay-secret-file=secret").out)
+@pytest.mark.parametrize("option", ["--relay-secret-file=secret", "--auth-secret-file=rest"])
+def test_a_minted_credential_is_good_for_a_relay_with_that_secret(cli: "Cli", option: str) -> None:
+    minted = json.loads(cli("-c", os.devnull, "--mint=60", option).out)
     with (
-        running("--relay-secret-file=secret") as relay,
+        running(option) as relay,
         TurnClient(("127.0.0.1", relay.port), minted["username"], minted["credential"]) as client,
     ):
         assert client.allocates()[0] == "127.0.0.1"
@@ -1240,10 +1348,10 @@ def test_a_private_address_that_is_given_is_wanted(machine: Callable[..., None])
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with two secrets in it. Tests may write other files there."""
+    """A directory with secrets and users in it. Tests may write other files there."""
     path = tmp_path_factory.mktemp("cli")
-    for name, secret in {"secret": SECRET, "other-secret": OTHER_SECRET}.items():
-        (path / name).write_text(secret)
+    for name, content in FILES.items():
+        (path / name).write_text(content)
         (path / name).chmod(0o600)
     return path
 

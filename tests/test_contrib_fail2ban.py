@@ -17,7 +17,7 @@ import pytest
 from relay.observe.logs import configure
 from relay.stun.attributes import Attr
 from relay.stun.const import Method
-from relay.turn.auth import mint
+from relay.turn.users import mint
 from tests.process import CHECKOUT
 from tests.scenario import SECRET, UNIX_START, Scenario
 

@@ -18,7 +18,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.assembly",
         "relay.config",
         "relay.observe.logs",
-        "relay.turn.auth",
+        "relay.turn.users",
     ),
     "relay.daemon": (
         "relay.assembly",
@@ -27,7 +27,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.observe",
         "relay.net.signals",
         "relay.portal.phoenix",
-        "relay.turn.auth",
+        "relay.turn.users",
         "relay.stun.address",
     ),
     "relay.assembly": (
@@ -45,10 +45,11 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.net.addresses",
         "relay.portal.endpoint",
         "relay.turn.channeldata",
+        "relay.turn.users",
         "relay.stun.address",
         "relay.version",
     ),
-    "relay.config.model": ("relay.stun.address", "relay.stun.const"),
+    "relay.config.model": ("relay.stun.address", "relay.stun.const", "relay.turn.users"),
     "relay.datapath": ("relay.observe.counters", "relay.net.udp", "relay.turn", "relay.stun"),
     # Packages that import no other: they are handed what they work with.
     "relay.host": ("relay.stun.address", "relay.stun.const"),

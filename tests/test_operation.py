@@ -19,7 +19,7 @@ import pytest
 from relay.config.reading import read
 from relay.daemon import Daemon
 from relay.portal.phoenix import PortalReady
-from relay.turn.auth import mint
+from relay.turn.users import mint
 from tests.fakeportal import FakePortal
 from tests.probes import ask, scrape
 from tests.process import RelayProcess, environment, free_port, free_tcp_port

@@ -30,7 +30,7 @@ from relay.portal.phoenix import (
     PortalRefused,
     PortalUnavailable,
 )
-from relay.turn.auth import password
+from relay.turn.users import password
 from tests import fakeportal
 from tests.fakeportal import (
     CLOSE,

@@ -23,7 +23,7 @@ import pytest
 
 from relay.observe.logratelimit import INTERVAL, UNLIMITED
 from relay.stun.const import Family
-from relay.turn.auth import mint
+from relay.turn.users import mint
 from tests.fakeportal import FakePortal
 from tests.flood import FLOODS, NEVER, PORTS
 from tests.probes import scrape

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 
 from relay.stun.attributes import Attr, Attribute, DecodeError
-from relay.stun.const import Kind, Method
-from relay.stun.integrity import INTEGRITY_SIZE, long_term_key, verify
+from relay.stun.const import Kind, Method, PasswordAlgorithm
+from relay.stun.integrity import (
+    INTEGRITY_SIZE,
+    long_term_key,
+    userhash,
+    verify,
+    verify_sha256,
+)
 from relay.stun.message import Message, Received, decode
 
 USERNAME_2_4 = "\u30de\u30c8\u30ea\u30c3\u30af\u30b9"
@@ -144,21 +150,46 @@ def test_no_bit_can_be_flipped_under_the_fingerprint(vector: Vector) -> None:
     assert accepted == []
 
 
-def test_sha256_integrity_and_userhash_are_reported_unknown() -> None:
-    """RFC 8489 §B.1, for a server that knows only what RFC 5389 did: 420 lists all three."""
-    received = decode(read("rfc8489_b_1_sha256_request.hex"))
+USERNAME_B_1 = "\u30de\u30c8\u30ea\u30c3\u30af\u30b9"
+REALM_B_1 = "example.org"
+KEY_B_1 = long_term_key(USERNAME_B_1, REALM_B_1, "TheMatrIX", PasswordAlgorithm.SHA_256)
 
+
+def test_the_request_of_rfc_8489() -> None:
+    """RFC 8489 §B.1: MESSAGE-INTEGRITY-SHA256, USERHASH and a key by SHA-256."""
+    datagram = read("rfc8489_b_1_sha256_request.hex")
+    received = decode(datagram)
+
+    attributes: list[tuple[Attribute[Any], Any]] = [
+        (Attr.USERHASH, userhash(USERNAME_B_1, REALM_B_1)),
+        (Attr.NONCE, b"obMatJos2AAACf//499k954d6OL34oL9FSTvy64sA"),
+        (Attr.REALM, REALM_B_1),
+        (Attr.PASSWORD_ALGORITHM, ((PasswordAlgorithm.SHA_256, b""),)),
+    ]
     assert received.message.kind is Kind.REQUEST
     assert received.message.method == Method.BINDING
-    assert received.message.attributes == [
-        (Attr.NONCE, b"obMatJos2AAACf//499k954d6OL34oL9FSTvy64sA"),
-        (Attr.REALM, "example.org"),
-    ]
-    # USERHASH, PASSWORD-ALGORITHM, MESSAGE-INTEGRITY-SHA256
-    assert received.unknown == (0x001E, 0x001D, 0x001C)
-    assert received.undecodable is None
-    assert received.integrity_offset is None
-    assert not received.fingerprinted
+    assert received.message.attributes[:-1] == attributes
+    assert received.message.attributes[-1][0] is Attr.MESSAGE_INTEGRITY_SHA256
+    assert (received.unknown, received.undecodable) == ((), None)
+    assert (received.integrity_offset, received.fingerprinted) == (None, False)
+    assert received.sha256_offset is not None
+    assert verify_sha256(datagram, received.sha256_offset, KEY_B_1)
+    assert not verify_sha256(datagram, received.sha256_offset, KEY_B_1 + b"?")
+    message = Message(Kind.REQUEST, Method.BINDING, received.message.transaction_id, attributes)
+    assert message.encode(KEY_B_1, sha256=True) == datagram
+
+
+def test_no_bit_can_be_flipped_under_the_sha256_integrity() -> None:
+    def is_signed(datagram: bytes) -> bool:
+        received = decoded(datagram)
+        if received is None or received.sha256_offset is None:
+            return False
+        return verify_sha256(received.raw, received.sha256_offset, KEY_B_1)
+
+    datagram = read("rfc8489_b_1_sha256_request.hex")
+    assert is_signed(datagram)
+
+    assert [bit for bit in bits_of(datagram) if is_signed(flipped(datagram, bit))] == []
 
 
 def read(file: str) -> bytes:

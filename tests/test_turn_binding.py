@@ -8,9 +8,9 @@ from relay.stun.attributes import Attr, Attribute, Coding
 from relay.stun.const import UDP_PROTOCOL, Kind, Method
 from relay.stun.message import Message
 from relay.stun.raw import MAX_ATTRIBUTES
-from relay.turn.auth import REALM
 from relay.turn.channeldata import RFC5766_NUMBERS
 from relay.turn.commands import ClientAddress
+from relay.turn.users import DEFAULT_REALM
 from tests.scenario import (
     PUBLIC_IP4,
     PUBLIC_IP6,
@@ -270,7 +270,7 @@ def signed_with(client: Client, method: Method, first: Value, others: list[Value
     """A request that would succeed but for its *first* attribute, if that is read."""
     credentials: list[Value] = [
         (Attr.USERNAME, client.username),
-        (Attr.REALM, REALM),
+        (Attr.REALM, DEFAULT_REALM),
         (Attr.NONCE, client.nonce),
     ]
     return request(method, first, *others, *credentials).encode(client.key)

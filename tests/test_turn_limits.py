@@ -1,16 +1,18 @@
 """What one user, one address, one network and all unauthenticated clients together may have."""
 
 import errno
+from collections.abc import Iterable
 from itertools import cycle
 
 import pytest
 
 from relay.stun.attributes import Attr
-from relay.stun.const import UDP_PROTOCOL, Kind, Method
+from relay.stun.const import UDP_PROTOCOL, Kind, Method, PasswordAlgorithm
 from relay.stun.message import Message, decode
-from relay.turn.auth import NONCE_SIZE, REALM, Authenticator, AuthFailure, mint
+from relay.turn.auth import NONCE_SIZES, Authenticator, AuthFailure
 from relay.turn.channels import CHECKED_AT_ONCE
 from relay.turn.ratelimit import BURST, BURST_IN_ALL, CLIENT_BURST, CLIENT_RATE, PROVEN
+from relay.turn.users import DEFAULT_REALM, mint
 from tests.scenario import (
     SECRET,
     UNIX_START,
@@ -205,7 +207,7 @@ def test_requests_in_the_name_of_a_client_do_not_use_up_what_it_may_ask_for() ->
     """Without a nonce that was sent to its address they are anybody's."""
     relay = Scenario(unauthenticated_rate_per_prefix=1)
     alice = relay.client("192.0.2.10:5000").allocates()
-    forged = request(Method.REFRESH, (Attr.NONCE, bytes(NONCE_SIZE))).encode(b"guessed")
+    forged = request(Method.REFRESH, (Attr.NONCE, bytes(NONCE_SIZES[0]))).encode(b"guessed")
     for _ in range(1000):
         alice.sends(forged)
     relay.sent()
@@ -218,9 +220,9 @@ class CountingAuthenticator(Authenticator):
 
     keys_made = 0
 
-    def key(self, username: str) -> bytes | None:
+    def keys(self, username: str, algorithm: PasswordAlgorithm) -> Iterable[bytes]:
         type(self).keys_made += 1
-        return super().key(username)
+        return super().keys(username, algorithm)
 
 
 @pytest.fixture
@@ -238,7 +240,7 @@ def test_nothing_is_computed_for_a_source_that_is_over_its_limit(
     mallory.password = "guessed"
     datagram = mallory.signed(Method.ALLOCATE)
     if not has_nonce:
-        credentials = [(Attr.USERNAME, mallory.username), (Attr.REALM, REALM)]
+        credentials = [(Attr.USERNAME, mallory.username), (Attr.REALM, DEFAULT_REALM)]
         datagram = request(Method.ALLOCATE, *credentials).encode(b"guessed")
     for _ in range(1000):
         mallory.sends(datagram)

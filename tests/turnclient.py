@@ -11,7 +11,7 @@ from relay.stun.const import UDP_PROTOCOL, Family, Kind, Method
 from relay.stun.integrity import long_term_key
 from relay.stun.message import Message, decode
 from relay.turn import channeldata
-from relay.turn.auth import REALM
+from relay.turn.users import DEFAULT_REALM
 
 TIMEOUT = 10.0  # seconds; only a failing test waits for so long
 
@@ -27,7 +27,15 @@ class TurnError(Exception):
 class TurnClient:
     """One client, on a socket of its own."""
 
-    def __init__(self, server: Address, username: str, password: str, *, bind: str = "") -> None:
+    def __init__(
+        self,
+        server: Address,
+        username: str,
+        password: str,
+        *,
+        bind: str = "",
+        realm: str = DEFAULT_REALM,
+    ) -> None:
         family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_DGRAM)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
@@ -36,7 +44,8 @@ class TurnClient:
         self.socket.connect(server)
         self.socket.settimeout(TIMEOUT)
         self._username = username
-        self._key = long_term_key(username, REALM, password)
+        self._realm = realm
+        self._key = long_term_key(username, realm, password)
         self._nonce = b""
 
     def __enter__(self) -> Self:
@@ -91,7 +100,7 @@ class TurnClient:
         while True:
             credentials: list[tuple[Attribute[Any], Any]] = [
                 (Attr.USERNAME, self._username),
-                (Attr.REALM, REALM),
+                (Attr.REALM, self._realm),
                 (Attr.NONCE, self._nonce),
             ]
             signed = self._nonce != b""

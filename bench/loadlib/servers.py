@@ -18,7 +18,7 @@ from bench.loadlib.netns import PEER_PREFIX, RELAY_HOST, Network, inside
 from relay.stun.address import Address
 from relay.stun.const import Kind, Method
 from relay.stun.message import Message
-from relay.turn.auth import mint
+from relay.turn.users import mint
 
 CHECKOUT: Final = Path(__file__).parent.parent.parent
 STARTS_WITHIN: Final = 10.0  # seconds

@@ -21,7 +21,7 @@ _firezone_relay() {
         before=${word%,*}, word=${word##*,}
     fi
     case ${COMP_WORDS[at]} in
-        --token-file | --relay-secret-file | -c | --config)
+        --token-file | --relay-secret-file | --auth-secret-file | --users-file | -c | --config)
             compopt -o default # the names of files
             return
             ;;
@@ -41,10 +41,10 @@ _firezone_relay() {
         -h | --help | [!-]*)
             words='--public-ip4-addr --public-ip6-addr --bind-ip4-addr --bind-ip6-addr --listen-port
             --lowest-port --highest-port --token-file --api-url --name --relay-secret-file
-            --print-credential --no-print-credential --mint --allow-peer --deny-peer
-            --refused-peers --send-indications --no-send-indications
-            --one-allocation-per-username --no-one-allocation-per-username --max-allocations
-            --max-allocations-per-username --max-allocations-per-ip
+            --auth-secret-file --users-file --realm --print-credential --no-print-credential
+            --mint --mint-user --allow-peer --deny-peer --refused-peers --send-indications
+            --no-send-indications --one-allocation-per-username --no-one-allocation-per-username
+            --max-allocations --max-allocations-per-username --max-allocations-per-ip
             --max-channels-per-allocation --unauthenticated-rate
             --unauthenticated-rate-per-prefix --log-format --log-level --http-addr --harden
             --user --drain-timeout --channel-range --offload --copy-tos --software --rng-seed -c

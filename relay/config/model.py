@@ -5,6 +5,7 @@ from typing import Final, Literal
 
 from relay.stun.address import Address, format_endpoint
 from relay.stun.const import Family
+from relay.turn.users import DEFAULT_REALM, Password, Users
 
 
 class ConfigError(ValueError):
@@ -44,6 +45,9 @@ class Config:
     api_url: str
     name: str | None
     relay_secret: str | None = field(repr=False)
+    auth_secrets: tuple[str, ...] | None = field(repr=False)  # of the TURN REST convention
+    users: dict[str, Password] | None = field(repr=False)  # static ones, by name
+    realm: str
     print_credential: bool | None  # None: where somebody sees it, and nobody keeps it
     allow_peers: tuple[str, ...]  # CIDR
     deny_peers: tuple[str, ...]
@@ -78,6 +82,11 @@ class Config:
             raise ConfigError(
                 f"the only relay port, {self.lowest_port}, is the listen-port: none is left"
             )
+        if self.token is not None and self.realm != DEFAULT_REALM:
+            raise ConfigError(
+                f"realm {self.realm!r}: with a token it is {DEFAULT_REALM!r}, for Firezone's "
+                "clients sign for that before they are told of another"
+            )
         if self.public_ip4 is None and self.public_ip6 is None:
             why = "with a token" if self.token else "on a machine without a route or loopback"
             raise ConfigError(f"public-ip4-addr or public-ip6-addr is needed {why}")
@@ -88,6 +97,24 @@ class Config:
         if self.one_allocation_per_username is None:
             return self.token is not None
         return self.one_allocation_per_username
+
+    @property
+    def has_firezones_users(self) -> bool:
+        """Whether there are users of Firezone's kind: unless there are only others."""
+        return (
+            self.token is not None
+            or self.relay_secret is not None
+            or (self.auth_secrets is None and self.users is None)
+        )
+
+    def all_users(self, secret: str) -> Users:
+        """Return who there is; *secret* is the relay's own, which may be configured or drawn."""
+        return Users(
+            realm=self.realm,
+            secret=secret if self.has_firezones_users else None,
+            rest_secrets=self.auth_secrets or (),
+            static=self.users,
+        )
 
     @property
     def ignores_refused_peers(self) -> bool:

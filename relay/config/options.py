@@ -15,14 +15,18 @@ from relay.config.parsing import (
     number,
     port,
     public,
+    realm,
     relay_name,
+    rest_secrets,
     secret,
     software,
     switch,
     token,
     user,
+    users,
 )
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
+from relay.turn.users import DEFAULT_REALM
 
 DEFAULT_FILE: Final = "/etc/firezone/relay.conf"
 
@@ -170,6 +174,39 @@ OPTIONS: Final = (
         metavar="FILE",
         field="relay_secret",
         in_file=True,
+    ),
+    Option(
+        "auth-secret-file",
+        "AUTH_SECRET_FILE",
+        rest_secrets,
+        "file with the secret that a web service makes credentials from, by the TURN REST "
+        "convention; several are all good, one per line",
+        CREDENTIALS,
+        metavar="FILE",
+        field="auth_secrets",
+        reloads=True,
+        in_file=True,
+    ),
+    Option(
+        "users-file",
+        "USERS_FILE",
+        users,
+        "file with users that are always the same: name:password, or name:0xKEY, one per line",
+        CREDENTIALS,
+        metavar="FILE",
+        field="users",
+        reloads=True,
+        in_file=True,
+    ),
+    Option(
+        "realm",
+        "REALM",
+        realm,
+        "realm of all credentials; Firezone's clients know only the default",
+        CREDENTIALS,
+        default=DEFAULT_REALM,
+        metavar="TEXT",
+        field="realm",
     ),
     Option(
         "print-credential",

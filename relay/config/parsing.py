@@ -7,12 +7,13 @@ read by the same function wherever it comes from.
 import logging
 import pwd
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_network
 from typing import Any, Final
 
 from relay.portal.endpoint import endpoint
 from relay.stun.address import Address, unpack_host
+from relay.turn.users import KEY_SIZES, Password
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -115,6 +116,97 @@ def secret(text: str) -> str:
     if not word.isprintable() or " " in word:
         raise ValueError("holds more than one word")
     return word
+
+
+MOST_SECRETS: Final = 8  # a wrong password is held against each of them
+
+
+def rest_secrets(text: str) -> tuple[str, ...]:
+    """Read the secrets of the TURN REST convention: one per line; ``#`` begins a comment line."""
+    found: list[str] = []
+    for number, line in _lines(text):
+        try:
+            word = secret(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} {error}") from None
+        if word not in found:
+            found.append(word)
+    if not found:
+        raise ValueError("holds no secret")
+    if len(found) > MOST_SECRETS:
+        raise ValueError(f"holds more than {MOST_SECRETS} secrets")
+    return tuple(found)
+
+
+def users(text: str) -> dict[str, Password]:
+    """Read static users: ``name:password`` or ``name:0xKEY`` per line, the key in hexadecimal.
+
+    ``#`` begins a comment line. No ValueError quotes a password.
+    """
+    found: dict[str, Password] = {}
+    for number, line in _lines(text):
+        name, colon, written = line.partition(":")
+        problem = None
+        if "\ufffd" in line:
+            problem = "is not UTF-8"
+        elif not line.isprintable():
+            problem = "holds control characters"
+        elif not colon:
+            problem = "is not name:password"
+        elif not name or len(name.encode()) > LONGEST_USERNAME:
+            problem = f"has a name that is empty, or longer than {LONGEST_USERNAME} bytes"
+        elif not written:
+            problem = "has no password"
+        elif name in found:
+            problem = "is of a user that there is already"
+        if problem:
+            raise ValueError(f"line {number} {problem}")
+        try:
+            found[name] = _password(written)
+        except ValueError as error:
+            raise ValueError(f"line {number} {error}") from None
+    return found
+
+
+def _password(written: str) -> Password:
+    """Read a password, or a key, which begins with 0x."""
+    if not written.startswith("0x"):
+        return written
+    digits = written[2:]
+    if not re.fullmatch("[0-9A-Fa-f]*", digits) or len(digits) not in {2 * n for n in KEY_SIZES}:
+        sizes = " or ".join(str(2 * size) for size in KEY_SIZES)
+        raise ValueError(f"has a key that is not {sizes} hexadecimal digits")
+    return bytes.fromhex(digits)
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Return the lines in which something is said, with their numbers."""
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
+        said = line.strip()
+        if said and not said.startswith("#"):
+            yield number, said
+
+
+LONGEST_USERNAME: Final = 508  # bytes. RFC 8489 §14.3
+# A 401 to the shortest Allocate, of 28 bytes, may have 84: with a longer one it could not hold both
+# realm and nonce.
+LONGEST_REALM: Final = 32  # bytes
+
+
+def realm(text: str) -> str:
+    """Read a realm: what may stand between quotes. RFC 8489 §14.9."""
+    if not 0 < len(text.encode()) <= LONGEST_REALM:
+        raise ValueError(f"empty, or longer than {LONGEST_REALM} bytes")
+    if text != text.strip() or not text.isprintable() or {*text} & {'"', "\\"}:
+        raise ValueError("holds quotes, backslashes or control characters, or blanks at its ends")
+    return text
+
+
+def credential_user(text: str) -> str:
+    """Read whom a credential is for: what follows the expiry in its username."""
+    if not 0 < len(text.encode()) <= LONGEST_USERNAME - 21 or not text.isprintable():
+        raise ValueError("empty, too long, or with control characters")
+    return text
 
 
 def token(text: str) -> str:

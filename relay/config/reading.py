@@ -5,7 +5,7 @@ import io
 import json
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -38,6 +38,7 @@ class Command:
     check_config: bool
     print_config: bool
     mint: int | None  # seconds
+    mint_user: str | None  # whom it is for
 
 
 def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
@@ -83,11 +84,19 @@ def _read(argv: Sequence[str], environment: Mapping[str, str], reader: "_Reader"
         file=file,
         token_source=token_source,
         private_hosts=private_hosts,
-        secret_files=(*token_files, *texts.get("relay-secret-file", ())),
+        secret_files=(*token_files, *_secret_files(texts)),
         check_config=namespace.check_config,
         print_config=namespace.print_config,
         mint=namespace.mint,
+        mint_user=namespace.mint_user,
     )
+
+
+def _secret_files(texts: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Return the files of secrets that options name, but for the token's."""
+    for option in OPTIONS:
+        if option.in_file and option.name != "token-file":
+            yield from texts.get(option.name, ())
 
 
 class UsageError(Exception):
@@ -239,8 +248,8 @@ class _Reader:
         return self._values[key]
 
     def text(self, path: str) -> str:
-        """Return what is in a file that should be ASCII. Raises ValueError with the reason."""
-        return self.content(path).decode("ascii", "replace")
+        """Return what is in a file that should be UTF-8. Raises ValueError with the reason."""
+        return self.content(path).decode("utf-8", "replace")
 
     def content(self, path: str) -> bytes:
         """Return what is in a file. Raises ValueError with the reason."""
@@ -373,7 +382,14 @@ def build_parser() -> _Parser:
         "--mint",
         type=_seconds,
         metavar="SECONDS",
-        help="print a credential for the secret of --relay-secret-file as JSON, and exit",
+        help="print a credential for the secret of --auth-secret-file, or else "
+        "--relay-secret-file, as JSON, and exit",
+    )
+    groups[CREDENTIALS].add_argument(
+        "--mint-user",
+        type=_credential_user,
+        metavar="NAME",
+        help="whom that is for: the username is EXPIRY:NAME (default: drawn at random)",
     )
     other = parser.add_argument_group("Other")
     other.add_argument(
@@ -384,6 +400,13 @@ def build_parser() -> _Parser:
     )
     other.add_argument("-h", "--help", action="help", help="show this and exit")
     return parser
+
+
+def _credential_user(text: str) -> str:
+    try:
+        return parsing.credential_user(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def _seconds(text: str) -> int:

@@ -169,6 +169,40 @@ def _icmp() -> Coding[tuple[int, int, int]]:
     return Coding(decode, lambda icmp, _transaction_id: layout.pack(*icmp))
 
 
+PasswordAlgorithms = tuple[tuple[int, bytes], ...]
+"""Numbers of password algorithms, each with its parameters. Those that there are have none."""
+
+
+def _password_algorithms(*, many: bool) -> Coding[PasswordAlgorithms]:
+    """Algorithm, size of parameters (16 bits each), parameters, padded. RFC 8489 §14.11, §14.12."""
+    header = struct.Struct("!HH")
+
+    def decode(value: bytes, _transaction_id: bytes) -> PasswordAlgorithms:
+        found = []
+        offset = 0
+        while offset < len(value):
+            if len(value) - offset < header.size:
+                raise DecodeError("half a password algorithm")
+            number, size = header.unpack_from(value, offset)
+            offset += header.size
+            parameters = value[offset : offset + size]
+            if len(parameters) < size:
+                raise DecodeError("half of a password algorithm's parameters")
+            found.append((number, parameters))
+            offset += size + -size % 4
+        if not found or (not many and len(found) > 1):
+            raise DecodeError(f"{len(found)} password algorithms")
+        return tuple(found)
+
+    def encode(algorithms: PasswordAlgorithms, _transaction_id: bytes) -> bytes:
+        return b"".join(
+            header.pack(number, len(parameters)) + parameters + bytes(-len(parameters) % 4)
+            for number, parameters in algorithms
+        )
+
+    return Coding(decode, encode)
+
+
 class Attr:
     """The attributes, by their wire names."""
 
@@ -191,10 +225,16 @@ class Attr:
     EVEN_PORT = Attribute(0x0018, "EVEN-PORT", _number("!B"))
     REQUESTED_TRANSPORT = Attribute(0x0019, "REQUESTED-TRANSPORT", _number("!Bxxx"))
     DONT_FRAGMENT = Attribute(0x001A, "DONT-FRAGMENT", _octets(0))
+    MESSAGE_INTEGRITY_SHA256 = Attribute(
+        0x001C, "MESSAGE-INTEGRITY-SHA256", _octets(32, 28, 24, 20, 16)
+    )
+    PASSWORD_ALGORITHM = Attribute(0x001D, "PASSWORD-ALGORITHM", _password_algorithms(many=False))
+    USERHASH = Attribute(0x001E, "USERHASH", _octets(32))
     XOR_MAPPED_ADDRESS = Attribute(0x0020, "XOR-MAPPED-ADDRESS", _address(xored=True))
     RESERVATION_TOKEN = Attribute(0x0022, "RESERVATION-TOKEN", _octets(8))
     ADDITIONAL_ADDRESS_FAMILY = Attribute(0x8000, "ADDITIONAL-ADDRESS-FAMILY", _number("!Bxxx"))
     ADDRESS_ERROR_CODE = Attribute(0x8001, "ADDRESS-ERROR-CODE", _address_error_code())
+    PASSWORD_ALGORITHMS = Attribute(0x8002, "PASSWORD-ALGORITHMS", _password_algorithms(many=True))
     ICMP = Attribute(0x8004, "ICMP", _icmp())
     SOFTWARE = Attribute(0x8022, "SOFTWARE", _text(763))
     FINGERPRINT = Attribute(0x8028, "FINGERPRINT", _number("!I"))

@@ -40,6 +40,13 @@ class Family(IntEnum):
     IPV6 = 0x02
 
 
+class PasswordAlgorithm(IntEnum):
+    """How a long-term key is made of a password. RFC 8489 §18.5."""
+
+    MD5 = 0x0001
+    SHA_256 = 0x0002
+
+
 class ErrorCode(IntEnum):
     """Codes of ERROR-CODE. RFC 8489 §14.8, RFC 8656 §19."""
 

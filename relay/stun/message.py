@@ -5,12 +5,20 @@ from typing import Any, TypeVar
 
 from relay.stun.attributes import BY_TYPE, Attr, Attribute, UndecodableAttribute
 from relay.stun.const import MAGIC_COOKIE, Kind
-from relay.stun.integrity import FINGERPRINT_SIZE, INTEGRITY_SIZE, fingerprint, integrity
+from relay.stun.integrity import (
+    FINGERPRINT_SIZE,
+    INTEGRITY_SHA256_SIZE,
+    INTEGRITY_SIZE,
+    fingerprint,
+    integrity,
+    integrity_sha256,
+)
 from relay.stun.raw import HEADER, TLV, RawMessage, read, type_of
 
 T = TypeVar("T")
 _PADDING = (b"", bytes(3), bytes(2), bytes(1))  # by size modulo 4
 _INTEGRITY_HEADER = TLV.pack(Attr.MESSAGE_INTEGRITY.type, INTEGRITY_SIZE - 4)
+_SHA256_HEADER = TLV.pack(Attr.MESSAGE_INTEGRITY_SHA256.type, INTEGRITY_SHA256_SIZE - 4)
 _FINGERPRINT_HEADER = TLV.pack(Attr.FINGERPRINT.type, FINGERPRINT_SIZE - 4)
 
 
@@ -35,8 +43,13 @@ class Message:
         """Return every value of *attribute*, in their order."""
         return [value for present, value in self.attributes if present is attribute]
 
-    def encode(self, key: bytes | None = None, *, fingerprinted: bool = False) -> bytes:
-        """Return the datagram: signed if *key* is given, then closed by a FINGERPRINT if asked."""
+    def encode(
+        self, key: bytes | None = None, *, sha256: bool = False, fingerprinted: bool = False
+    ) -> bytes:
+        """Return the datagram: signed if *key* is given, then closed by a FINGERPRINT if asked.
+
+        *sha256*: by MESSAGE-INTEGRITY-SHA256 instead of MESSAGE-INTEGRITY.
+        """
         transaction_id = self.transaction_id
         message_type = _message_type(self.kind, self.method)
         datagram = bytearray(HEADER.pack(message_type, 0, MAGIC_COOKIE, transaction_id))
@@ -45,7 +58,10 @@ class Message:
             size = len(encoded)
             datagram += TLV.pack(attribute.type, size) + encoded + _PADDING[size % 4]
         length = len(datagram) - HEADER.size
-        if key is not None:
+        if key is not None and sha256:
+            datagram += _SHA256_HEADER + integrity_sha256(datagram, key)
+            length += INTEGRITY_SHA256_SIZE
+        elif key is not None:
             datagram += _INTEGRITY_HEADER + integrity(datagram, key)
             length += INTEGRITY_SIZE
         if fingerprinted:
@@ -63,6 +79,7 @@ class Received:
     message: Message
     raw: bytes  # the message as received, without what followed it in the datagram
     integrity_offset: int | None  # where MESSAGE-INTEGRITY begins in *raw*
+    sha256_offset: int | None  # where MESSAGE-INTEGRITY-SHA256 does
     fingerprinted: bool
     unknown: tuple[int, ...]  # comprehension-required types that are not in the table
     undecodable: str | None  # the first attribute whose value makes no sense, and why
@@ -82,7 +99,13 @@ def decode(datagram: bytes) -> Received:
     if raw.truncated:
         undecodable = undecodable or "an attribute runs past the end"
     return Received(
-        message, raw.raw, raw.integrity_offset, raw.fingerprinted, raw.unknown, undecodable
+        message,
+        raw.raw,
+        raw.integrity_offset,
+        raw.sha256_offset,
+        raw.fingerprinted,
+        raw.unknown,
+        undecodable,
     )
 
 

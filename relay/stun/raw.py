@@ -38,6 +38,8 @@ _AGAIN: Final = 1 << 16  # what is added to the key of an attribute each time th
 _FINGERPRINT: Final = Attr.FINGERPRINT.type
 _INTEGRITY: Final = Attr.MESSAGE_INTEGRITY.type
 _INTEGRITY_VALUE_SIZE: Final = 20
+_INTEGRITY_SHA256: Final = Attr.MESSAGE_INTEGRITY_SHA256.type
+_SHA256_VALUE_SIZES: Final = frozenset(range(16, 33, 4))
 
 
 class WrongFingerprint(DecodeError):
@@ -57,7 +59,8 @@ class RawMessage:
     """A message from the wire whose frame is sound. What its attributes say may still be nonsense.
 
     *values* holds the value of each attribute by its type, in the order of their coming, up to
-    MESSAGE-INTEGRITY: what follows that is ignored, FINGERPRINT aside (RFC 8489 §14.5). The first
+    MESSAGE-INTEGRITY: what follows that is ignored (RFC 8489 §14.5), MESSAGE-INTEGRITY-SHA256 and
+    FINGERPRINT aside; of what follows the former only FINGERPRINT counts (§14.6). The first
     occurrence counts (§14); of those that may be repeated the n-th further one lies under the
     type + n * 0x10000.
     """
@@ -67,8 +70,14 @@ class RawMessage:
     raw: bytes  # the message as received, without what followed it in the datagram
     values: dict[int, bytes]
     integrity_offset: int | None = None  # where MESSAGE-INTEGRITY begins in *raw*
+    sha256_offset: int | None = None  # where MESSAGE-INTEGRITY-SHA256 does
     fingerprinted: bool = False
     truncated: bool = False  # an attribute runs past the end of the message
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether there is a signature of either kind."""
+        return self.integrity_offset is not None or self.sha256_offset is not None
 
     @property
     def message_class(self) -> int:
@@ -167,6 +176,7 @@ def _read_attributes(message: RawMessage) -> None:
     raw, values = message.raw, message.values
     repeated: dict[int, int] = {}  # how often, by type
     offset, end, left = HEADER_SIZE, len(raw), MAX_ATTRIBUTES
+    is_signed = False
     while offset < end:  # at least four bytes are left: everything is a multiple of four
         if not left:
             raise TooManyAttributes(message)
@@ -174,7 +184,7 @@ def _read_attributes(message: RawMessage) -> None:
         key, size = _unpack_tlv(raw, offset)
         value_end = offset + 4 + size
         if value_end > end:
-            message.truncated = message.integrity_offset is None
+            message.truncated = not message.is_signed
             return
         value = raw[offset + 4 : value_end]
         if key == _FINGERPRINT:
@@ -182,11 +192,18 @@ def _read_attributes(message: RawMessage) -> None:
                 raise WrongFingerprint("FINGERPRINT does not match")
             message.fingerprinted = True
             return  # it is the last attribute, RFC 8489 §14.7
-        if message.integrity_offset is None:
+        if key == _INTEGRITY_SHA256:
+            if message.sha256_offset is None and key not in values:
+                values[key] = value
+                if size in _SHA256_VALUE_SIZES:
+                    message.sha256_offset = offset
+                    is_signed = True
+        elif not is_signed:
             if key not in values:
                 values[key] = value
                 if key == _INTEGRITY and size == _INTEGRITY_VALUE_SIZE:
                     message.integrity_offset = offset
+                    is_signed = True
             elif key in _REPEATABLE:
                 times = repeated[key] = repeated.get(key, 0) + 1
                 values[key + times * _AGAIN] = value

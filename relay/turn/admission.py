@@ -7,15 +7,16 @@ from typing import Final, NoReturn
 from relay.stun import integrity
 from relay.stun.address import format_endpoint
 from relay.stun.attributes import Attr, UndecodableAttribute
-from relay.stun.const import HEADER_SIZE, ErrorCode
+from relay.stun.const import HEADER_SIZE, ErrorCode, PasswordAlgorithm
 from relay.stun.raw import TLV, RawMessage
-from relay.turn.auth import NONCE_LIFETIME, NONCE_SIZE, REALM, Authenticator, AuthFailure
+from relay.turn.auth import NONCE_LIFETIME, NONCE_SIZES, Authenticator, AuthFailure
 from relay.turn.commands import ClientAddress
 from relay.turn.request import Proof, Refused, Request, require_known_attributes
 
 logger = logging.getLogger("relay.turn")
 
-_NONCE_HEADER: Final = TLV.pack(Attr.NONCE.type, NONCE_SIZE)
+_NONCE_HEADERS: Final = tuple((TLV.pack(Attr.NONCE.type, size), size) for size in NONCE_SIZES)
+_ALGORITHMS: Final = {algorithm.value: algorithm for algorithm in PasswordAlgorithm}
 
 
 class Admission:
@@ -31,19 +32,19 @@ class Admission:
         Every answer to a request that proves to know the key is signed with it, errors
         too: Firezone's clients discard what is not.
         """
-        if message.integrity_offset is None:
+        if not message.is_signed:
             return None
         try:
-            username = message.get(Attr.USERNAME)
+            username, algorithm = self._username(message), _algorithm(message)
         except UndecodableAttribute:
             return None
-        if username is None:
+        if username is None or algorithm is None:
             return None
-        key = self._authenticator.key(username)
-        if key is None or not integrity.verify(message.raw, message.integrity_offset, key):
-            return None
-        self._authenticator.remember(username, key)
-        return key
+        for key in self._authenticator.keys(username, algorithm):
+            if _is_signed_with(key, message):
+                self._authenticator.remember(username, algorithm, key)
+                return key
+        return None
 
     def proof_of_address(self, datagram: bytes, client: ClientAddress) -> Proof | None:
         """Return a nonce in a request that was sent to the address it says to be from, if any.
@@ -51,20 +52,22 @@ class Admission:
         Cheap where there is none: nothing is taken apart. A nonce of ours proves as much wherever
         it lies, and however old it is.
         """
-        at = datagram.find(_NONCE_HEADER, HEADER_SIZE)
-        if at < 0:
-            return None
-        nonce = datagram[at + 4 : at + 4 + NONCE_SIZE]
-        issued = self._authenticator.nonce_issued(nonce, client)
-        return None if issued is None else (nonce, issued)
+        for header, size in _NONCE_HEADERS:
+            at = datagram.find(header, HEADER_SIZE)
+            if at >= 0:
+                nonce = datagram[at + 4 : at + 4 + size]
+                issued = self._authenticator.nonce_issued(nonce, client)
+                return None if issued is None else (nonce, issued)
+        return None
 
     def admit(self, request: Request) -> None:
         """Note who signed the request. Raises Refused, or UndecodableAttribute."""
-        message = request.message
-        if message.get(Attr.MESSAGE_INTEGRITY) is None:
+        message, users = request.message, self._authenticator.users
+        sha1 = message.get(Attr.MESSAGE_INTEGRITY)
+        if message.get(Attr.MESSAGE_INTEGRITY_SHA256) is None and sha1 is None:
             raise Refused(ErrorCode.UNAUTHORIZED, "not signed")
-        username, realm = message.get(Attr.USERNAME), message.get(Attr.REALM)
-        if username is None or realm is None:
+        name, realm = message.get(Attr.USERNAME), message.get(Attr.REALM)
+        if (name is None and message.get(Attr.USERHASH) is None) or realm is None:
             raise Refused(ErrorCode.BAD_REQUEST, "signed without USERNAME or REALM")
         nonce = message.get(Attr.NONCE)
         if nonce is None:
@@ -78,12 +81,35 @@ class Admission:
         if issued is None or int(request.now) - issued > NONCE_LIFETIME:
             self.failures[AuthFailure.STALE_NONCE] += 1
             raise Refused(ErrorCode.STALE_NONCE, "nonce not from here, or too old")
-        if request.key is None or realm != REALM:
+        self._require_offered_algorithm(message, nonce)
+        username = self._username(message)
+        if request.key is None or username is None or realm != users.realm:
             self._fail(request, AuthFailure.WRONG_CREDENTIALS, "unknown user or wrong password")
-        if self._authenticator.has_expired(username, request.unix_now):
+        if users.has_expired(username, request.unix_now):
             self._fail(request, AuthFailure.EXPIRED_CREDENTIALS, "credentials have expired")
         require_known_attributes(request)
-        request.user, request.nonce_issued = self._authenticator.user_of(username), issued
+        request.user, request.nonce_issued = users.user_of(username), issued
+
+    def _username(self, message: RawMessage) -> str | None:
+        """Return whose a request is; None if that is not said, or by a hash that nobody has."""
+        username = message.get(Attr.USERNAME)
+        if username is not None:
+            return username
+        hashed = message.get(Attr.USERHASH)
+        return None if hashed is None else self._authenticator.users.name_of(hashed)
+
+    def _require_offered_algorithm(self, message: RawMessage, nonce: bytes) -> None:
+        """Refuse (400) what shows that somebody has changed what was offered. RFC 8489 §9.2.4.
+
+        A client that speaks RFC 5389 names no algorithm, which means MD5.
+        """
+        offered = message.get(Attr.PASSWORD_ALGORITHMS)
+        chosen = message.get(Attr.PASSWORD_ALGORITHM)
+        if offered is None and chosen is None:
+            return
+        ours = self._authenticator.offered if self._authenticator.has_cookie(nonce) else ()
+        if offered != ours or chosen is None or chosen[0] not in ours:
+            raise Refused(ErrorCode.BAD_REQUEST, "not the password algorithms that were offered")
 
     def _fail(self, request: Request, failure: AuthFailure, reason: str) -> NoReturn:
         """Refuse a client whose nonce was good: the address is its own, and can be named."""
@@ -96,3 +122,20 @@ class Admission:
             extra={"client": host, "reason": reason},
         )
         raise Refused(ErrorCode.UNAUTHORIZED, reason)
+
+
+def _algorithm(message: RawMessage) -> PasswordAlgorithm | None:
+    """Return how a request says that its key is made; None if nobody can make it so."""
+    chosen = message.get(Attr.PASSWORD_ALGORITHM)
+    if chosen is None:
+        return PasswordAlgorithm.MD5
+    number, parameters = chosen[0]
+    return None if parameters else _ALGORITHMS.get(number)
+
+
+def _is_signed_with(key: bytes, message: RawMessage) -> bool:
+    """Verify the better one of the signatures that there are. RFC 8489 §9.2.4."""
+    if message.sha256_offset is not None:
+        return integrity.verify_sha256(message.raw, message.sha256_offset, key)
+    assert message.integrity_offset is not None
+    return integrity.verify(message.raw, message.integrity_offset, key)

@@ -1,7 +1,12 @@
-"""Who may ask: credentials made from a shared secret, and nonces without a table.
+"""Who may ask: keys that were proven, and nonces without a table. RFC 8489 §9.2.
 
-The portal and the relay share a secret, so that the portal can hand out credentials
-that the relay can check without having seen them before.
+A nonce is base64 of a time and of a MAC over that and the client. In front of it is the *nonce
+cookie*, where an answer has room for it: it says which of RFC 8489's security features the relay
+has, and as the MAC covers it, nobody on the way can take one away unnoticed. An answer to anyone
+must stay short, so it is as short as it can be::
+
+    obMatJos2 AAAB qrvM3d4ZxpD6mZ8    cookie, 24 bits of features, 4 bytes of time and 7 of MAC
+                   qrvM3d4ZxpD6mZ8    the same without a cookie, for who speaks RFC 5389
 """
 
 import hashlib
@@ -9,21 +14,31 @@ import hmac
 from base64 import b64encode
 from binascii import Error as BinasciiError
 from binascii import a2b_base64
+from collections.abc import Iterable
 from enum import Enum
+from itertools import chain
 from typing import Final
 
-from relay.stun.integrity import long_term_key
+from relay.stun.attributes import PasswordAlgorithms
+from relay.stun.const import PasswordAlgorithm
 from relay.turn.commands import ClientAddress
+from relay.turn.users import Users
 
-REALM: Final = "firezone"
 NONCE_LIFETIME: Final = 3600  # seconds
-_EXPIRY_DIGITS: Final = 20  # as many as 2^64 - 1 has
-# A nonce is base64 of a time and a MAC. An answer to anyone must stay short: with this one a 401
-# to a request that is nothing but a header has three times its size.
 _TIMESTAMP_SIZE: Final = 4  # bytes
-_MAC_SIZE: Final = 8  # bytes
-NONCE_SIZE: Final = 16  # characters
-REMEMBERED_KEYS: Final = 1024  # usernames; a client's key is wanted for each of its requests
+_MAC_SIZE: Final = 7  # bytes
+_OWN_SIZE: Final = 15  # characters that these are
+
+_COOKIE: Final = b"obMatJos2"  # RFC 8489 §9.2
+# Bits of the security features. Bit 0 is the last one: there is an erratum to RFC 8489 §18.1.
+_HAS_PASSWORD_ALGORITHMS: Final = 1 << 0
+_HAS_USERNAME_ANONYMITY: Final = 1 << 1
+_COOKIE_SIZE: Final = 13  # characters, with the features
+
+NONCE_SIZES: Final = (_COOKIE_SIZE + _OWN_SIZE, _OWN_SIZE)
+"""How many characters a nonce of this relay may have."""
+
+REMEMBERED_KEYS: Final = 1024  # a client's key is wanted for each of its requests
 
 
 class AuthFailure(Enum):
@@ -34,87 +49,81 @@ class AuthFailure(Enum):
     EXPIRED_CREDENTIALS = "expired_credentials"
 
 
-def password(expiry: str, salt: str, secret: str) -> str:
-    """Return the password of user ``{expiry}:{salt}``: unpadded base64 of a SHA-256."""
-    # The client chooses the salt, so whoever has one password could extend the hash: the same salt,
-    # the padding of SHA-256, and anything. The padding begins with 0x80, which after ASCII is not
-    # UTF-8, and USERNAME has to be UTF-8: only that forbids it.
-    digest = hashlib.sha256(f"{expiry}:{secret}:{salt}".encode()).digest()
-    return b64encode(digest).rstrip(b"=").decode()
-
-
-def mint(expiry: int, salt: str, secret: str) -> tuple[str, str]:
-    """Return a username, valid until *expiry* in Unix time, and its password."""
-    return f"{expiry}:{salt}", password(str(expiry), salt, secret)
-
-
 class Authenticator:
     """Checks usernames and nonces. Keeps a bounded number of keys, and nothing else."""
 
-    def __init__(self, secret: str, nonce_key: bytes) -> None:
-        """Take the shared *secret* as it is written, and a random key of 32 bytes for nonces."""
-        self._secret = secret
+    users: Users
+
+    def __init__(self, users: Users, nonce_key: bytes) -> None:
+        """Take who there is, and a random key of 32 bytes for nonces."""
         self._nonce_key = nonce_key
-        self._remembered: dict[str, bytes] = {}  # keys that were proven, oldest first
+        self.change_users(users)
 
-    def key(self, username: str) -> bytes | None:
-        """Return the long-term key of *username*, expired or not; None if it is malformed."""
-        remembered = self._remembered.get(username)
+    def change_users(self, users: Users) -> None:
+        """Go on with other users; keys that were proven before count no more."""
+        self.users = users
+        # By username and algorithm, oldest first.
+        self._remembered: dict[tuple[str, PasswordAlgorithm], bytes] = {}
+        self.offered: PasswordAlgorithms = tuple((number, b"") for number in users.algorithms)
+        features = 0
+        if self.offered:
+            features = _HAS_PASSWORD_ALGORITHMS
+        if users.finds_hashes:
+            features |= _HAS_USERNAME_ANONYMITY
+        self._cookie = _COOKIE + b64encode(features.to_bytes(3, "big")) if features else b""
+
+    def keys(self, username: str, algorithm: PasswordAlgorithm) -> Iterable[bytes]:
+        """Return each long-term key that *username* may have, the likeliest first.
+
+        To find that there is none takes as long as to find that one is not the right one.
+        """
+        users = self.users
+        remembered = self._remembered.get((username, algorithm))
+        if remembered is not None and not users.are_ambiguous:
+            return (remembered,)
+        keys = users.keys(username, algorithm)
         if remembered is not None:
-            return remembered
-        expiry, colon, salt = username.partition(":")
-        if not colon or not _is_expiry(expiry):
-            return None
-        return long_term_key(username, REALM, password(expiry, salt, self._secret))
+            return chain((remembered,), keys)
+        return chain((next(keys, self._nonce_key),), keys)
 
-    def remember(self, username: str, key: bytes) -> None:
+    def remember(self, username: str, algorithm: PasswordAlgorithm, key: bytes) -> None:
         """Keep the key of a user who has proven to know it, for the next requests.
 
         Of others none is kept: what anyone can send must not push out what clients need.
         """
-        if username not in self._remembered:
+        if (username, algorithm) not in self._remembered:
             if len(self._remembered) >= REMEMBERED_KEYS:
                 del self._remembered[next(iter(self._remembered))]
-            self._remembered[username] = key
+            self._remembered[username, algorithm] = key
 
-    def user_of(self, username: str) -> str:
-        """Return who a well-formed *username* is: what follows its expiry.
-
-        The same client comes back with a new expiry whenever its credentials are renewed.
-        """
-        return username.partition(":")[2]
-
-    def has_expired(self, username: str, unix_now: float) -> bool:
-        """Tell if a well-formed *username* is past its expiry, in seconds of Unix time."""
-        return int(username.partition(":")[0]) < unix_now
-
-    def nonce(self, client: ClientAddress, now: float) -> bytes:
+    def nonce(self, client: ClientAddress, now: float, *, with_cookie: bool = True) -> bytes:
         """Return a nonce for *client*: when it was issued, and a MAC that binds it to them."""
-        issued = int(now).to_bytes(_TIMESTAMP_SIZE, "big")
-        return b64encode(issued + self._nonce_mac(issued, client))
+        cookie = self._cookie if with_cookie else b""
+        return self._nonce(cookie, int(now).to_bytes(_TIMESTAMP_SIZE, "big"), client)
+
+    def has_cookie(self, nonce: bytes) -> bool:
+        """Tell if a nonce that was issued here says which features there are."""
+        return len(nonce) > _OWN_SIZE
 
     def nonce_issued(self, nonce: bytes, client: ClientAddress) -> int | None:
         """Return when *nonce* was issued to *client*, in monotonic seconds; None if never here.
 
         Whoever has such a nonce receives what is sent to the client's address.
         """
-        if len(nonce) != NONCE_SIZE:
+        cookie, own = nonce[:-_OWN_SIZE], nonce[-_OWN_SIZE:]
+        if len(own) != _OWN_SIZE or (cookie and cookie != self._cookie):
             return None
         try:
-            decoded = a2b_base64(nonce, strict_mode=True)
+            issued = a2b_base64(own + b"=", strict_mode=True)[:_TIMESTAMP_SIZE]
         except BinasciiError:
             return None
-        issued = decoded[:_TIMESTAMP_SIZE]
-        if not hmac.compare_digest(decoded[_TIMESTAMP_SIZE:], self._nonce_mac(issued, client)):
+        # Made again and compared as it is written: base64 has bits to spare at the end.
+        if not hmac.compare_digest(nonce, self._nonce(cookie, issued, client)):
             return None
         return int.from_bytes(issued, "big")
 
-    def _nonce_mac(self, issued: bytes, client: ClientAddress) -> bytes:
+    def _nonce(self, cookie: bytes, issued: bytes, client: ClientAddress) -> bytes:
         host, port = client[0][:2]
-        covered = issued + f" {host} {port}".encode()
-        return hashlib.blake2s(covered, key=self._nonce_key, digest_size=_MAC_SIZE).digest()
-
-
-def _is_expiry(text: str) -> bool:
-    """Tell if *text* is a decimal number, at most as large as 20 digits can say."""
-    return text.isascii() and text.isdigit() and len(text) <= _EXPIRY_DIGITS
+        covered = issued + cookie + f" {host} {port}".encode()
+        mac = hashlib.blake2s(covered, key=self._nonce_key, digest_size=_MAC_SIZE).digest()
+        return cookie + b64encode(issued + mac)[:_OWN_SIZE]

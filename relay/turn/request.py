@@ -10,7 +10,7 @@ from relay.stun.attributes import Attr, Attribute
 from relay.stun.const import ErrorCode, Kind, Method
 from relay.stun.message import Message
 from relay.stun.raw import RawMessage
-from relay.turn.auth import REALM, Authenticator
+from relay.turn.auth import Authenticator
 from relay.turn.commands import ClientAddress, Command, SendMessage
 
 logger = logging.getLogger("relay.turn")
@@ -86,7 +86,8 @@ class Answers:
     def success(self, request: Request, attributes: Attributes, *, key: bytes | None) -> None:
         """Answer with a success response, signed if *key* is given."""
         self._count(request, "success")
-        self._send(request, Kind.SUCCESS, attributes, key)
+        is_sent = self._send(request, Kind.SUCCESS, attributes, key)
+        assert is_sent, "who proves nothing gets an address, and that is short enough"
 
     def refuse(self, request: Request, refused: Refused) -> None:
         """Answer with an error response: signed and with its reason, or as short as can be.
@@ -97,25 +98,46 @@ class Answers:
         logger.debug("%d to %s: %s", code, client[0], refused.reason)
         self._count(request, str(code.value))
         reason = "" if request.key is None else code.reason
-        attributes: Attributes = [(Attr.ERROR_CODE, (code, reason))]
+        attributes: Attributes = [(Attr.ERROR_CODE, (code, reason)), *refused.attributes]
         if code in {ErrorCode.UNAUTHORIZED, ErrorCode.STALE_NONCE}:
-            nonce = self._authenticator.nonce(client, request.now)
-            attributes += [(Attr.REALM, REALM), (Attr.NONCE, nonce)]
-        attributes += refused.attributes
-        self._send(request, Kind.ERROR, attributes, request.key)
+            challenges = self._challenges(request)
+        else:
+            challenges = [[]]
+        for challenge in challenges:
+            if self._send(request, Kind.ERROR, attributes + challenge, request.key):
+                return
+        self._send(request, Kind.ERROR, attributes[:1], request.key)
+
+    def _challenges(self, request: Request) -> list[Attributes]:
+        """Return what a client is to sign its next request for, and a shorter form of the same.
+
+        The shorter one is that of RFC 5389, which knows no password algorithms: so nonce cookie and
+        PASSWORD-ALGORITHMS are there together, or neither.
+        """
+        authenticator, client, now = self._authenticator, request.client, request.now
+        realm: Attributes = [(Attr.REALM, authenticator.users.realm)]
+        full = [*realm, (Attr.NONCE, authenticator.nonce(client, now))]
+        if authenticator.offered:
+            full.append((Attr.PASSWORD_ALGORITHMS, authenticator.offered))
+        return [
+            full,
+            [*realm, (Attr.NONCE, authenticator.nonce(client, now, with_cookie=False))],
+        ]
 
     def _count(self, request: Request, code: str) -> None:
         self.sent[_METHOD_NAMES.get(request.message.method, "unknown"), code] += 1
 
     def _send(
         self, request: Request, kind: Kind, attributes: Attributes, key: bytes | None
-    ) -> None:
-        if self.software is not None:
-            attributes.append((Attr.SOFTWARE, self.software))
-        asked = request.message
+    ) -> bool:
+        """Send an answer, unless it may be forged for whom it is, and is too long for that."""
+        asked, most = request.message, MAX_AMPLIFICATION * len(request.message.raw)
         message = Message(kind, asked.method, asked.transaction_id, attributes)
-        datagram = message.encode(key, fingerprinted=asked.fingerprinted)
-        if key is None and len(datagram) > MAX_AMPLIFICATION * len(asked.raw):
-            del attributes[1:]  # what is left says that it is an error, or where it is from
-            datagram = message.encode(fingerprinted=asked.fingerprinted)
-        self._commands.append(SendMessage(request.client, datagram))
+        is_sha256 = asked.sha256_offset is not None
+        for software in ([(Attr.SOFTWARE, self.software)], []) if self.software else ([],):
+            message.attributes = attributes + software
+            datagram = message.encode(key, sha256=is_sha256, fingerprinted=asked.fingerprinted)
+            if key is not None or len(datagram) <= most:
+                self._commands.append(SendMessage(request.client, datagram))
+                return True
+        return False
