@@ -48,7 +48,8 @@ async def test_peer_is_echoed_over_ipv6(
 
 
 def test_two_clients_say_hello_as_readme_has_it(relay: RelayProcess) -> None:
-    (program,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    (program,) = [block for block in blocks if "import asyncio" in block]
     credential = (relay.username, relay.password)
     said = subprocess.run(
         [sys.executable, "-c", program, "127.0.0.1", str(relay.port), *credential],

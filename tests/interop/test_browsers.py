@@ -1,0 +1,163 @@
+"""Debian's browsers: data channels and calls with the relay, nothing else, between both ends."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from bench.loadlib.netns import RELAY_HOST, Network
+from tests.interop.browser import PROGRAMS, WEB, Browser, ice_server
+from tests.interop.needs import needs_packages, needs_programs, needs_root
+from tests.netns import ip
+from tests.process import RelayProcess
+
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
+
+PORT = 3478
+MESSAGES = [f"message {number}" for number in range(300)]
+LARGE = "x" * 200_000  # some two hundred datagrams, in SCTP
+COUNT = 10  # pictures, and packets of sound
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    """Namespaces; none of them is on the internet, whatever browsers look for there."""
+    needs_root()
+    needs_programs("ip")
+    needs_packages(WEB)
+    with Network() as network:
+        # Without one, Firefox would not know which of its addresses to use.
+        ip("-n", network.clients, "route", "add", "default", "via", RELAY_HOST)
+        yield network
+        end_all_in(network.clients)
+
+
+@pytest.fixture(scope="module")
+def relay(network: Network) -> Iterator[RelayProcess]:
+    with relay_in(network) as relay:
+        yield relay
+        relay.process.send_signal(signal.SIGTERM)
+        assert relay.wait() == 0
+        assert "ERROR" not in relay.errors()
+
+
+@pytest.fixture(scope="module", params=PROGRAMS)
+def browser(
+    request: pytest.FixtureRequest, network: Network, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Browser]:
+    kind: str = request.param
+    needs_programs(PROGRAMS[kind])
+    with Browser(kind, network.clients, tmp_path_factory.mktemp(kind)) as browser:
+        yield browser
+
+
+def test_a_data_channel_is_relayed_at_both_ends(browser: Browser, relay: RelayProcess) -> None:
+    connect(browser, browser, relay)
+    for sender, receiver in (("alice", "bob"), ("bob", "alice")):
+        browser.call("send", sender, MESSAGES)
+        assert browser.call("receive", receiver, len(MESSAGES)) == MESSAGES
+        browser.call("send", sender, [LARGE])
+        assert browser.call("receive", receiver, 1) == [LARGE]
+
+    hang_up(browser, browser)
+
+
+def test_a_call_is_relayed_at_both_ends(browser: Browser, relay: RelayProcess) -> None:
+    """Sound and pictures."""
+    connect(browser, browser, relay, with_media=True)
+    for name in ("alice", "bob"):
+        browser.call("media", name, COUNT)
+
+    hang_up(browser, browser)
+
+
+def test_chromium_and_firefox_call_each_other(
+    network: Network, relay: RelayProcess, tmp_path: Path
+) -> None:
+    needs_programs(*PROGRAMS.values())
+    (tmp_path / "chromium").mkdir()
+    (tmp_path / "firefox").mkdir()
+    with (
+        Browser("chromium", network.clients, tmp_path / "chromium") as chromium,
+        Browser("firefox", network.clients, tmp_path / "firefox") as firefox,
+    ):
+        for alice, bob in ((chromium, firefox), (firefox, chromium)):
+            connect(alice, bob, relay, with_media=True)
+            exchange(alice, bob)
+            alice.call("media", "alice", COUNT)
+            bob.call("media", "bob", COUNT)
+            hang_up(alice, bob)
+
+
+def test_a_call_goes_on_after_the_relay_has_come_back_with_another_secret(
+    browser: Browser, network: Network
+) -> None:
+    """By an ICE restart with new credentials; a service has to hand them out in any case."""
+    with relay_in(network, PORT + 1) as first:
+        connect(browser, browser, first, with_media=True)
+        exchange(browser, browser)
+    with relay_in(network, PORT + 1) as second:
+        assert second.password != first.password
+        for name in ("alice", "bob"):
+            browser.call("configure", name, ice_server(second, RELAY_HOST))
+        shake_hands(browser, browser, restart=True)
+        exchange(browser, browser)
+        for name in ("alice", "bob"):
+            browser.call("media", name, COUNT)
+            assert browser.call("pair", name) == ["relay", "relay"]
+        hang_up(browser, browser)
+
+
+def connect(alice: Browser, bob: Browser, relay: RelayProcess, *, with_media: bool = False) -> None:
+    """Connect two ends, alice and bob, which may be in one browser."""
+    for browser, name in ((alice, "alice"), (bob, "bob")):
+        browser.call("create", name, ice_server(relay, RELAY_HOST))
+        if with_media:
+            browser.call("addMedia", name)
+    shake_hands(alice, bob)
+    for browser, name in ((alice, "alice"), (bob, "bob")):
+        browser.call("opened", name)
+        assert browser.call("pair", name) == ["relay", "relay"]
+
+
+def shake_hands(alice: Browser, bob: Browser, *, restart: bool = False) -> None:
+    """Exchange offer and answer. Nothing but relayed candidates may be in them."""
+    offer = alice.call("offer", "alice", restart)
+    answer = bob.call("answer", "bob", offer)
+    alice.call("accept", "alice", answer)
+    for sdp in (offer, answer):
+        candidates = [line for line in sdp.splitlines() if line.startswith("a=candidate:")]
+        assert candidates
+        assert all(" typ relay " in candidate for candidate in candidates)
+
+
+def exchange(alice: Browser, bob: Browser) -> None:
+    alice.call("send", "alice", MESSAGES)
+    bob.call("send", "bob", MESSAGES)
+    assert bob.call("receive", "bob", len(MESSAGES)) == MESSAGES
+    assert alice.call("receive", "alice", len(MESSAGES)) == MESSAGES
+
+
+def hang_up(alice: Browser, bob: Browser) -> None:
+    alice.call("close", "alice")
+    bob.call("close", "bob")
+
+
+def relay_in(network: Network, port: int = PORT) -> RelayProcess:
+    within = ("ip", "netns", "exec", network.relay)
+    arguments = (f"--public-ip4-addr={RELAY_HOST}", "--drain-timeout=0")
+    return RelayProcess(*arguments, port=port, prefix=within, loopback=False)
+
+
+def end_all_in(namespace: str) -> None:
+    """End what a browser has left in a namespace of ours."""
+    listed = subprocess.run(
+        ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True
+    )
+    for pid in listed.stdout.split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
