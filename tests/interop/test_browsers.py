@@ -79,8 +79,6 @@ def test_chromium_and_firefox_call_each_other(
     network: Network, relay: RelayProcess, tmp_path: Path
 ) -> None:
     needs_programs(*PROGRAMS.values())
-    (tmp_path / "chromium").mkdir()
-    (tmp_path / "firefox").mkdir()
     with (
         Browser("chromium", network.clients, tmp_path / "chromium") as chromium,
         Browser("firefox", network.clients, tmp_path / "firefox") as firefox,
