@@ -216,7 +216,7 @@ def _raw_socket(server: Server) -> socket.socket:
 
 def _route(network: Network) -> None:
     """Let the sources be reached through the clients' host, and the longest messages pass."""
-    ip("-n", network.clients, "link", "set", "veth0", "mtu", str(MTU))
+    ip("-n", network.clients, "link", "set", "eth0", "mtu", str(MTU))
     ip("-n", network.relay, "link", "set", "towards0", "mtu", str(MTU))
     ip("-n", network.relay, "route", "add", SOURCE_PREFIX, "via", "192.0.2.2")
 

@@ -60,8 +60,8 @@ class Network:
     def _join(self, namespace: str, address: str, relay_address: str, name: str) -> None:
         """Lay a veth from *namespace* to the relay's, which calls its end *name*."""
         veth = "type", "veth", "peer", "name", name, "netns", self.relay
-        ip("-n", namespace, "link", "add", "veth0", *veth)
-        ends = (namespace, "veth0", address), (self.relay, name, relay_address)
+        ip("-n", namespace, "link", "add", "eth0", *veth)  # libnice leaves out what is called veth
+        ends = (namespace, "eth0", address), (self.relay, name, relay_address)
         for host, device, prefix in ends:
             ip("-n", host, "address", "add", prefix, "dev", device)
             ip("-n", host, "link", "set", device, "up")

@@ -111,3 +111,16 @@ class Program:
             process.kill()
             process.wait()
         process.stdout.close()
+
+
+def connect(caller: Program, callee: Program) -> None:
+    """Exchange offer and answer, in which only relayed candidates may be; wait for the channel."""
+    offer = caller.call("offer")
+    answer = callee.call("answer", offer)
+    caller.call("accept", answer)
+    for sdp in (offer, answer):
+        candidates = [line for line in sdp.splitlines() if line.startswith("a=candidate:")]
+        assert candidates
+        assert all(" typ relay" in candidate for candidate in candidates)
+    caller.call("opened")
+    callee.call("opened")

@@ -1,48 +1,21 @@
 """Debian's browsers: data channels and calls with the relay, nothing else, between both ends."""
 
-import os
-import signal
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from bench.loadlib.netns import RELAY_HOST, Network
 from tests.interop.browser import PROGRAMS, WEB, Browser, ice_server
-from tests.interop.needs import needs_packages, needs_programs, needs_root
-from tests.netns import ip
+from tests.interop.needs import needs_packages, needs_programs
+from tests.interop.network import PORT, relay_in
 from tests.process import RelayProcess
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
-PORT = 3478
 MESSAGES = [f"message {number}" for number in range(300)]
 LARGE = "x" * 200_000  # some two hundred datagrams, in SCTP
 COUNT = 10  # pictures, and packets of sound
-
-
-@pytest.fixture(scope="module")
-def network() -> Iterator[Network]:
-    """Namespaces; none of them is on the internet, whatever browsers look for there."""
-    needs_root()
-    needs_programs("ip")
-    needs_packages(WEB)
-    with Network() as network:
-        # Without one, Firefox would not know which of its addresses to use.
-        ip("-n", network.clients, "route", "add", "default", "via", RELAY_HOST)
-        yield network
-        end_all_in(network.clients)
-
-
-@pytest.fixture(scope="module")
-def relay(network: Network) -> Iterator[RelayProcess]:
-    with relay_in(network) as relay:
-        yield relay
-        relay.process.send_signal(signal.SIGTERM)
-        assert relay.wait() == 0
-        assert "ERROR" not in relay.errors()
 
 
 @pytest.fixture(scope="module", params=PROGRAMS)
@@ -51,12 +24,15 @@ def browser(
 ) -> Iterator[Browser]:
     kind: str = request.param
     needs_programs(PROGRAMS[kind])
+    needs_packages(WEB)
     with Browser(kind, network.clients, tmp_path_factory.mktemp(kind)) as browser:
         yield browser
 
 
-def test_a_data_channel_is_relayed_at_both_ends(browser: Browser, relay: RelayProcess) -> None:
-    connect(browser, browser, relay)
+def test_a_data_channel_is_relayed_at_both_ends(
+    browser: Browser, relay_at_a_distance: RelayProcess
+) -> None:
+    connect(browser, browser, relay_at_a_distance)
     for sender, receiver in (("alice", "bob"), ("bob", "alice")):
         browser.call("send", sender, MESSAGES)
         assert browser.call("receive", receiver, len(MESSAGES)) == MESSAGES
@@ -66,9 +42,11 @@ def test_a_data_channel_is_relayed_at_both_ends(browser: Browser, relay: RelayPr
     hang_up(browser, browser)
 
 
-def test_a_call_is_relayed_at_both_ends(browser: Browser, relay: RelayProcess) -> None:
+def test_a_call_is_relayed_at_both_ends(
+    browser: Browser, relay_at_a_distance: RelayProcess
+) -> None:
     """Sound and pictures."""
-    connect(browser, browser, relay, with_media=True)
+    connect(browser, browser, relay_at_a_distance, with_media=True)
     for name in ("alice", "bob"):
         browser.call("media", name, COUNT)
 
@@ -76,15 +54,16 @@ def test_a_call_is_relayed_at_both_ends(browser: Browser, relay: RelayProcess) -
 
 
 def test_chromium_and_firefox_call_each_other(
-    network: Network, relay: RelayProcess, tmp_path: Path
+    network: Network, relay_at_a_distance: RelayProcess, tmp_path: Path
 ) -> None:
     needs_programs(*PROGRAMS.values())
+    needs_packages(WEB)
     with (
         Browser("chromium", network.clients, tmp_path / "chromium") as chromium,
         Browser("firefox", network.clients, tmp_path / "firefox") as firefox,
     ):
         for alice, bob in ((chromium, firefox), (firefox, chromium)):
-            connect(alice, bob, relay, with_media=True)
+            connect(alice, bob, relay_at_a_distance, with_media=True)
             exchange(alice, bob)
             alice.call("media", "alice", COUNT)
             bob.call("media", "bob", COUNT)
@@ -143,19 +122,3 @@ def exchange(alice: Browser, bob: Browser) -> None:
 def hang_up(alice: Browser, bob: Browser) -> None:
     alice.call("close", "alice")
     bob.call("close", "bob")
-
-
-def relay_in(network: Network, port: int = PORT) -> RelayProcess:
-    within = ("ip", "netns", "exec", network.relay)
-    arguments = (f"--public-ip4-addr={RELAY_HOST}", "--drain-timeout=0")
-    return RelayProcess(*arguments, port=port, prefix=within, loopback=False)
-
-
-def end_all_in(namespace: str) -> None:
-    """End what a browser has left in a namespace of ours."""
-    listed = subprocess.run(
-        ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True
-    )
-    for pid in listed.stdout.split():
-        with suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)

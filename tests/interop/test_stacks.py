@@ -1,16 +1,23 @@
 """WebRTC stacks that are no browsers, with the relay, and nothing else, between both ends."""
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from relay.stun.attributes import Attr, Attribute
+from relay.stun.const import Kind, Method
+from relay.stun.integrity import userhash
+from relay.stun.message import decode
 from tests.interop.browser import ice_server
 from tests.interop.needs import missing, needs_packages, needs_programs
-from tests.interop.program import Program
-from tests.process import RelayProcess
+from tests.interop.program import Program, connect
+from tests.interop.proxy import Recorder
+from tests.process import RelayProcess, free_port
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
@@ -18,7 +25,7 @@ HERE = Path(__file__).parent
 MESSAGES = [f"message {number}" for number in range(300)]
 LARGE = "x" * 60_000  # some fifty datagrams, in SCTP
 
-Start = Callable[[str, str], Program]
+Start = Callable[[str, str, dict[str, str]], Program]
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +47,18 @@ def pion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(request: pytest.FixtureRequest, relay: RelayProcess, tmp_path: Path) -> Start:
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Start:
     """Starts an end by a stack, under a name of its own."""
-    server = json.dumps(ice_server(relay, "127.0.0.1"))
 
-    def start(stack: str, name: str) -> Program:
+    def start(stack: str, name: str, server: dict[str, str]) -> Program:
         if stack == "pion":
-            command = [str(request.getfixturevalue("pion")), server]
+            program = [str(request.getfixturevalue("pion"))]
         else:
             needs_packages(HERE / "node")
-            command = ["node", str(HERE / f"node/{stack}.mjs"), server]
+            program = ["node", str(HERE / f"node/{stack}.mjs")]
         folder = tmp_path / name
         folder.mkdir()
-        return Program(f"{stack} ({name})", command, folder, {})
+        return Program(f"{stack} ({name})", [*program, json.dumps(server)], folder, {})
 
     return start
 
@@ -67,20 +73,54 @@ def start(request: pytest.FixtureRequest, relay: RelayProcess, tmp_path: Path) -
         ("libdatachannel", "pion"),
     ],
 )
-def test_a_data_channel_is_relayed_at_both_ends(start: Start, alice: str, bob: str) -> None:
+def test_a_data_channel_is_relayed_at_both_ends(
+    start: Start, relay: RelayProcess, alice: str, bob: str
+) -> None:
     """Of libdatachannel, ICE is libjuice's."""
-    with start(alice, "alice") as caller, start(bob, "bob") as callee:
-        offer = caller.call("offer")
-        answer = callee.call("answer", offer)
-        caller.call("accept", answer)
-        for sdp in (offer, answer):
-            candidates = [line for line in sdp.splitlines() if line.startswith("a=candidate:")]
-            assert candidates
-            assert all(" typ relay" in candidate for candidate in candidates)
-        caller.call("opened")
-        callee.call("opened")
+    server = ice_server(relay, "127.0.0.1")
+    with start(alice, "alice", server) as caller, start(bob, "bob", server) as callee:
+        connect(caller, callee)
         for sender, receiver in ((caller, callee), (callee, caller)):
             sender.call("send", MESSAGES)
             assert receiver.call("receive", len(MESSAGES)) == MESSAGES
             sender.call("send", [LARGE])
             assert receiver.call("receive", 1) == [LARGE]
+
+
+def test_libjuice_hides_its_name(start: Start, tmp_path: Path) -> None:
+    """By a USERHASH, as all users are static ones: the nonce cookie says that it may."""
+    users, owner = tmp_path / "users", os.geteuid()
+    users.write_text("alice:word\n")
+    arguments = [f"--users-file={users}", *(["--user=root"] if owner == 0 else [])]
+    with (
+        RelayProcess(*arguments, port=free_port(), portal=True) as relay,
+        Recorder(("127.0.0.1", relay.port)) as recorder,
+    ):
+        relay.logs("relaying")
+        server = {
+            "urls": f"turn:127.0.0.1:{recorder.port}",
+            "username": "alice",
+            "credential": "word",
+        }
+        with (
+            start("libdatachannel", "alice", server) as caller,
+            start("libdatachannel", "bob", server) as callee,
+        ):
+            connect(caller, callee)
+            caller.call("send", MESSAGES)
+            assert callee.call("receive", len(MESSAGES)) == MESSAGES
+        signed = [one for one in map(request_in, recorder.sent) if one and Attr.NONCE in one]
+    assert len(signed) >= 3  # two Allocates and a permission
+    for request in signed:
+        assert request[Attr.USERHASH] == userhash("alice", "firezone")
+        assert Attr.USERNAME not in request
+
+
+def request_in(datagram: bytes) -> dict[Attribute[Any], Any] | None:
+    """The attributes of a TURN request, or None if it is anything else."""
+    if datagram[0] > 0x03:
+        return None
+    message = decode(datagram).message
+    if message.kind is not Kind.REQUEST or message.method == Method.BINDING:
+        return None
+    return dict(message.attributes)
