@@ -6,6 +6,7 @@ lost: only the statistics tell.
 """
 
 import asyncio
+import os
 import re
 import shutil
 import socket
@@ -13,6 +14,7 @@ from asyncio.subprocess import DEVNULL, PIPE, STDOUT
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +102,49 @@ async def test_rtp_and_rtcp_with_both_ends_on_this_relay(relay: RelayProcess) ->
     assert await uclient(relay, "127.0.0.1", *options) == all_of(4 * 100)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["-s"], id="RTP and RTCP"),
+        pytest.param(["-s", "-c"], id="RTP alone"),
+        pytest.param(["-s", "-g"], id="DONT-FRAGMENT"),
+        pytest.param(["-s", "-c", "-l", "171"], id="padded"),
+    ],
+)
+@within(seconds=60)
+async def test_send_indications(relay: RelayProcess, flags: list[str]) -> None:
+    """To peers of both families at once; what comes back are Data indications."""
+    async with echo_peer("127.0.0.1") as ipv4_peer, echo_peer("::1") as ipv6_peer:
+        options = [*flags, *numbers(messages=50)]
+        counted = await asyncio.gather(
+            uclient(relay, "127.0.0.1", *options, *to(ipv4_peer)),
+            uclient(relay, "::1", *options, *to(ipv6_peer)),
+        )
+    assert set(counted) == {all_of(50 if "-c" in flags else 2 * 50)}
+
+
+@pytest.mark.parametrize("flags", [["-s"], ["-s", "-c"]], ids=["RTP and RTCP", "RTP alone"])
+@within(seconds=60)
+async def test_send_indications_with_both_ends_on_this_relay(
+    relay: RelayProcess, flags: list[str]
+) -> None:
+    options = [*flags, "-y", *numbers(messages=50)]
+    counted = await uclient(relay, "127.0.0.1", *options)
+    assert counted == all_of(50 * (2 if "-c" in flags else 4))
+
+
+@within(seconds=60)
+async def test_a_user_of_the_rest_convention(tmp_path: Path) -> None:
+    """Whose password uclient makes itself, from the secret."""
+    secret = tmp_path / "auth.secret"
+    secret.write_text("north\n")
+    owner = ["--user=root"] if os.geteuid() == 0 else []
+    with running_relay(f"--auth-secret-file={secret}", *owner) as relay:
+        async with echo_peer("127.0.0.1") as peer:
+            options = ["-s", "-W", "north", *numbers(messages=20), *to(peer)]
+            assert await uclient(relay, "127.0.0.1", *options, user=["-u", "alice"]) == all_of(40)
+
+
 @pytest.mark.parametrize(("server", "family"), [("127.0.0.1", "IPv4"), ("::1", "IPv6")])
 @within(seconds=30)
 async def test_binding(relay: RelayProcess, server: str, family: str) -> None:
@@ -122,9 +167,11 @@ def all_of(messages: int) -> Statistics:
     return Statistics(sent=messages, received=messages, lost=0, dropped=0)
 
 
-async def uclient(relay: RelayProcess, server: str, *options: str) -> Statistics:
+async def uclient(
+    relay: RelayProcess, server: str, *options: str, user: list[str] | None = None
+) -> Statistics:
     """Run uclient to its end. At random it asks for an even port, or for none such."""
-    credential = ["-u", relay.username, "-w", relay.password]
+    credential = user or ["-u", relay.username, "-w", relay.password]
     exit_code, output = await run(UCLIENT, "-p", str(relay.port), *credential, *options, server)
     assert exit_code == 0, output
     *_, (sent, received) = re.findall(r"tot_send_msgs=(\d+), tot_recv_msgs=(\d+)", output)
