@@ -219,10 +219,10 @@ def _compare_relaying(
             server.name: _enter_session(stack, server, network, shape.clients, shape.framing)
             for server in servers
         }
-        for name in _alternating(list(sessions), plan.rounds):
+        for name in alternating(list(sessions), plan.rounds):
             rate = _search(sessions[name], shape.searched, rates[name], measured.calm)
             rates[name].append(rate)
-        for name in _alternating(list(sessions), plan.steady_rounds):
+        for name in alternating(list(sessions), plan.steady_rounds):
             steady[name].append(measured.calm.measure(sessions[name], shape.steady))
     for name in sessions:
         measured.raw.append(
@@ -304,7 +304,7 @@ def _compare_allocating(
     rates: dict[str, list[float]] = {server.name: [] for server in servers}
     costs: dict[str, list[float]] = {server.name: [] for server in servers}
     by_name = {server.name: server for server in servers}
-    for name in _alternating(list(by_name), plan.steady_rounds):
+    for name in alternating(list(by_name), plan.steady_rounds):
         server = by_name[name]
         time.sleep(FORGETS_AFTER)
         with inside(network.clients):
@@ -374,7 +374,7 @@ def _enter_session(
     return stack.enter_context(session)
 
 
-def _alternating(names: Sequence[str], rounds: int) -> Iterable[str]:
+def alternating(names: Sequence[str], rounds: int) -> Iterable[str]:
     """Return the names round by round, every other round backwards."""
     for number in range(rounds):
         yield from names if number % 2 == 0 else reversed(names)

@@ -82,16 +82,30 @@ globalThis.ends = {
     return end.received.splice(0, count);
   },
 
-  // How many milliseconds it took from the first description until ICE was connected.
-  connected(name) {
-    const { pc } = table[name];
-    return new Promise((resolve) => {
-      const look = () => {
-        if (["connected", "completed"].includes(pc.iceConnectionState)) resolve();
-      };
-      pc.addEventListener("iceconnectionstatechange", look);
-      look();
-    });
+  // How many milliseconds two ends take from the first offer until ICE is connected at both.
+  async timeConnecting(iceServer) {
+    const began = performance.now();
+    const [alice, bob] = [new End(iceServer), new End(iceServer)];
+    const connected = [alice, bob].map(
+      ({ pc }) =>
+        new Promise((resolve) => {
+          pc.oniceconnectionstatechange = () => {
+            if (["connected", "completed"].includes(pc.iceConnectionState)) resolve();
+          };
+        }),
+    );
+    alice.pc.onicecandidate = ({ candidate }) => bob.pc.addIceCandidate(candidate);
+    bob.pc.onicecandidate = ({ candidate }) => alice.pc.addIceCandidate(candidate);
+    alice.pc.createDataChannel("data");
+    await alice.pc.setLocalDescription();
+    await bob.pc.setRemoteDescription(alice.pc.localDescription);
+    await bob.pc.setLocalDescription();
+    await alice.pc.setRemoteDescription(bob.pc.localDescription);
+    await Promise.all(connected);
+    const took = performance.now() - began;
+    alice.pc.close();
+    bob.pc.close();
+    return took;
   },
 
   // The types of the two candidates that data flows between.
