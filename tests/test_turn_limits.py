@@ -20,6 +20,7 @@ from tests.scenario import (
     Client,
     Scenario,
     ToClient,
+    Value,
     channel_data,
     relayed,
     request,
@@ -231,17 +232,20 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> type[CountingAuthenticator]:
     return CountingAuthenticator
 
 
+@pytest.mark.parametrize("sha256", [False, True], ids=["SHA-1", "SHA-256"])
 @pytest.mark.parametrize("has_nonce", [False, True])
 def test_nothing_is_computed_for_a_source_that_is_over_its_limit(
-    counting: type[CountingAuthenticator], has_nonce: bool
+    counting: type[CountingAuthenticator], has_nonce: bool, sha256: bool
 ) -> None:
     relay = Scenario(unauthenticated_rate_per_prefix=10, authenticator=counting)
     mallory = relay.client("192.0.2.66:5000")
-    mallory.password = "guessed"
-    datagram = mallory.signed(Method.ALLOCATE)
-    if not has_nonce:
-        credentials = [(Attr.USERNAME, mallory.username), (Attr.REALM, DEFAULT_REALM)]
-        datagram = request(Method.ALLOCATE, *credentials).encode(b"guessed")
+    credentials: list[Value] = [
+        (Attr.USERNAME, mallory.username),
+        (Attr.REALM, DEFAULT_REALM),
+    ]
+    if has_nonce:
+        credentials.append((Attr.NONCE, mallory.nonce))
+    datagram = request(Method.ALLOCATE, *credentials).encode(b"guessed", sha256=sha256)
     for _ in range(1000):
         mallory.sends(datagram)
 

@@ -118,7 +118,7 @@ class Server:
             request = Request(message, client, None, now, unix_now)
             self._answers.refuse(request, Refused(ErrorCode.BAD_REQUEST, str(error)))
             return None
-        if source is not None and message.integrity_offset is not None:
+        if source is not None and message.is_signed:
             limiter.count(source, SIGNATURE, now)
         key = self._admission.signing_key(message)
         self._serve(Request(message, client, key, now, unix_now, proof))
