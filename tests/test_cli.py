@@ -988,6 +988,10 @@ BAD_USERS = [
     pytest.param("alice:0x" + "xy" * 16, "line 1 has a key", id="no hexadecimal"),
     pytest.param("alice:a\tb", "line 1 holds control characters", id="a tab"),
     pytest.param(b"alice:\xff", "line 1 is not UTF-8", id="not UTF-8"),
+    pytest.param(
+        "alice:word\nbob:wo\u2028rd\n", "line 2 holds control characters", id="no end of a line"
+    ),
+    pytest.param("alice:word\x0bbob:word", "line 1 holds control characters", id="a vertical tab"),
 ]
 
 
@@ -1109,6 +1113,13 @@ def test_whom_a_credential_is_for_can_be_said(cli: "Cli") -> None:
 
     assert minted["username"] == f"{minted['expires']}:alice"
     assert minted["credential"] == password_of(minted["username"], SECRET)
+
+
+def test_whom_a_credential_is_for_says_nothing_without_one(cli: "Cli") -> None:
+    result = cli("-c", os.devnull, "--check-config", "--mint-user=alice")
+
+    assert result.exit_code == 64
+    assert "--mint-user" in result.complaint
 
 
 def test_no_two_credentials_are_the_same(cli: "Cli") -> None:

@@ -180,9 +180,12 @@ def _password(written: str) -> Password:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Return the lines in which something is said, with their numbers."""
-    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
-        said = line.strip()
+    """Return the lines in which something is said, with their numbers.
+
+    A line ends where an editor says so, not at all that Unicode has: that is an error in it.
+    """
+    for number, line in enumerate(re.split("\r\n?|\n", text.removeprefix("\ufeff")), 1):
+        said = line.strip(" \t")
         if said and not said.startswith("#"):
             yield number, said
 

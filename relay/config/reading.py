@@ -52,6 +52,8 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
 def _read(argv: Sequence[str], environment: Mapping[str, str], reader: "_Reader") -> Command:
     parser = build_parser()
     given = parser.parse_args(list(argv), env_vars={})  # --help ends here, before files are read
+    if given.mint_user is not None and given.mint is None:
+        raise UsageError("--mint-user says whom --mint is for, and that is not there")
     variables = _variables(environment, reader)
     file, lines = _file(given.config, reader)
     namespace = parser.parse_args(
