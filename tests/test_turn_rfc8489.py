@@ -31,7 +31,8 @@ class Modern:
         challenge = self.asks_plainly(request(Method.ALLOCATE, ALLOCATE).encode()).message
         nonce, offered = challenge.get(Attr.NONCE), challenge.get(Attr.PASSWORD_ALGORITHMS)
         assert nonce is not None
-        self.nonce, self.offered = nonce, offered
+        self.nonce = nonce
+        self.offered: PasswordAlgorithms | None = offered
 
     def key(self, algorithm: PasswordAlgorithm) -> bytes:
         return long_term_key(self.username, REALM, self.password, algorithm)
@@ -129,6 +130,7 @@ BIDDING_DOWN = [
     pytest.param({"offered": ((MD5, b""),), "algorithm": MD5}, id="only the weaker was offered"),
     pytest.param({"offered": ((MD5, b""), (SHA_256, b""))}, id="another order"),
     pytest.param({"offered": None, "chosen": ((SHA_256, b""),)}, id="no word of what was offered"),
+    pytest.param({"chosen": ((SHA_256, b"?"),)}, id="one with parameters"),
     pytest.param({"chosen": ((0x0003, b""),)}, id="one that was not offered"),
 ]
 
@@ -136,14 +138,84 @@ BIDDING_DOWN = [
 @pytest.mark.parametrize("changed", BIDDING_DOWN)
 def test_who_was_told_something_else_is_told_so(modern: Modern, changed: dict[str, object]) -> None:
     """RFC 8489 §9.2.4: somebody on the way has changed the challenge."""
-    answer = modern.asks(**changed)  # type: ignore[arg-type]
+    answer = modern.asks(ALLOCATE, method=Method.ALLOCATE, **changed)  # type: ignore[arg-type]
 
     assert code_of(answer) == 400
+
+
+SUBSEQUENT = [Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND]
+
+
+@pytest.mark.parametrize("method", SUBSEQUENT, ids=lambda method: method.name)
+def test_what_was_offered_need_not_be_repeated_once_it_was_checked(
+    modern: Modern, method: Method
+) -> None:
+    """RFC 8489 §9.2.3.2: subsequent requests have PASSWORD-ALGORITHM, of the two."""
+    modern.allocates()
+    peer = (Attr.XOR_PEER_ADDRESS, ("198.51.100.7", 9000))
+    answer = modern.asks(
+        peer,
+        (Attr.CHANNEL_NUMBER, 0x4000),
+        method=method,
+        offered=None,
+        chosen=((SHA_256, b""),),
+    )
+
+    assert code_of(answer) is None
+    assert answer.sha256_offset is not None
+
+
+@pytest.mark.parametrize(
+    ("offered", "chosen"),
+    [
+        pytest.param(((MD5, b""),), ((MD5, b""),), id="not what was offered"),
+        pytest.param(None, ((0x0003, b""),), id="one that was not offered"),
+        pytest.param(None, ((MD5, b""),), id="not the best of what was offered"),
+    ],
+)
+def test_later_requests_are_held_against_the_offer_as_well(
+    modern: Modern, offered: PasswordAlgorithms | None, chosen: PasswordAlgorithms
+) -> None:
+    modern.allocates()
+
+    assert code_of(modern.asks(offered=offered, chosen=chosen, algorithm=MD5)) == 400
 
 
 def test_no_algorithm_at_all_is_a_client_of_rfc_5389(modern: Modern) -> None:
     assert code_of(modern.asks(offered=None, algorithm=MD5, is_sha256=False)) == 437
     assert code_of(modern.asks(offered=None, algorithm=SHA_256)) == 401
+
+
+def test_a_nonce_ends_with_the_offer_that_it_came_with() -> None:
+    """After a reload a client is told what is offered now, not that it has done wrong."""
+    relay = Scenario(users=Users(static={"alice": "word"}))
+    alice = Modern(relay, "alice", "word")
+    alice.allocates()
+    relay.authenticator.change_users(Users(static={"alice": "word", "bob": bytes(16)}))
+    answer = alice.asks()
+
+    assert code_of(answer) == 438
+    assert answer.message.get(Attr.PASSWORD_ALGORITHMS) == ((MD5, b""),)
+    alice.nonce = answer.message.get(Attr.NONCE) or b""
+    assert code_of(alice.asks(offered=((MD5, b""),), algorithm=MD5)) is None
+
+
+def test_a_nonce_outlives_a_reload_that_leaves_the_offer_as_it_was() -> None:
+    relay = Scenario(users=Users(static={"alice": "word"}))
+    alice = Modern(relay, "alice", "word")
+    alice.allocates()
+    relay.authenticator.change_users(Users(static={"alice": "word", "carol": "word"}))
+
+    assert code_of(alice.asks()) is None
+
+
+def test_who_offers_nothing_says_that_it_speaks_rfc_8489() -> None:
+    """RFC 8489 §9.2: without any feature the cookie has 24 bits of zero."""
+    static: dict[str, str | bytes] = {"alice": bytes(16), "bob": bytes(32)}
+    modern = Modern(Scenario(users=Users(secret=SECRET, static=static)), "alice", "word")
+
+    assert modern.offered is None
+    assert modern.nonce.startswith(b"obMatJos2AAAA")
 
 
 def test_algorithms_with_a_nonce_that_knows_none_are_a_bad_request(relay: Scenario) -> None:

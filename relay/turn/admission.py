@@ -7,7 +7,7 @@ from typing import Final, NoReturn
 from relay.stun import integrity
 from relay.stun.address import format_endpoint
 from relay.stun.attributes import Attr, UndecodableAttribute
-from relay.stun.const import HEADER_SIZE, ErrorCode, PasswordAlgorithm
+from relay.stun.const import HEADER_SIZE, ErrorCode, Method, PasswordAlgorithm
 from relay.stun.raw import TLV, RawMessage
 from relay.turn.auth import NONCE_LIFETIME, NONCE_SIZES, Authenticator, AuthFailure
 from relay.turn.commands import ClientAddress
@@ -101,14 +101,18 @@ class Admission:
     def _require_offered_algorithm(self, message: RawMessage, nonce: bytes) -> None:
         """Refuse (400) what shows that somebody has changed what was offered. RFC 8489 §9.2.4.
 
-        A client that speaks RFC 5389 names no algorithm, which means MD5.
+        A client that speaks RFC 5389 names no algorithm, which means MD5. One that has an
+        allocation need not repeat the offer (§9.2.3.2): then it has to have chosen the best of it.
         """
         offered = message.get(Attr.PASSWORD_ALGORITHMS)
         chosen = message.get(Attr.PASSWORD_ALGORITHM)
         if offered is None and chosen is None:
             return
         ours = self._authenticator.offered if self._authenticator.has_cookie(nonce) else ()
-        if offered != ours or chosen is None or chosen[0] not in ours:
+        choices = ours
+        if offered is None and message.method != Method.ALLOCATE:
+            offered, choices = ours, ours[:1]
+        if offered != ours or chosen is None or chosen[0] not in choices:
             raise Refused(ErrorCode.BAD_REQUEST, "not the password algorithms that were offered")
 
     def _fail(self, request: Request, failure: AuthFailure, reason: str) -> NoReturn:

@@ -30,7 +30,7 @@ _MAC_SIZE: Final = 7  # bytes
 _OWN_SIZE: Final = 15  # characters that these are
 
 _COOKIE: Final = b"obMatJos2"  # RFC 8489 §9.2
-# Bits of the security features. Bit 0 is the last one: there is an erratum to RFC 8489 §18.1.
+# Bits of the security features. Bit 0 is the last one: erratum 6290 to RFC 8489 §9.2 and §18.1.
 _HAS_PASSWORD_ALGORITHMS: Final = 1 << 0
 _HAS_USERNAME_ANONYMITY: Final = 1 << 1
 _COOKIE_SIZE: Final = 13  # characters, with the features
@@ -70,7 +70,8 @@ class Authenticator:
             features = _HAS_PASSWORD_ALGORITHMS
         if users.finds_hashes:
             features |= _HAS_USERNAME_ANONYMITY
-        self._cookie = _COOKIE + b64encode(features.to_bytes(3, "big")) if features else b""
+        self._cookie = _COOKIE + b64encode(features.to_bytes(3, "big"))
+        self._offer = bytes(users.algorithms)
 
     def keys(self, username: str, algorithm: PasswordAlgorithm) -> Iterable[bytes]:
         """Return each long-term key that *username* may have, the likeliest first.
@@ -124,6 +125,8 @@ class Authenticator:
 
     def _nonce(self, cookie: bytes, issued: bytes, client: ClientAddress) -> bytes:
         host, port = client[0][:2]
-        covered = issued + cookie + f" {host} {port}".encode()
+        # A client is held to the offer that its nonce came with: with another offer it goes stale.
+        offer = self._offer if cookie else b""
+        covered = issued + cookie + offer + f" {host} {port}".encode()
         mac = hashlib.blake2s(covered, key=self._nonce_key, digest_size=_MAC_SIZE).digest()
         return cookie + b64encode(issued + mac)[:_OWN_SIZE]

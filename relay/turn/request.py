@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -100,15 +101,14 @@ class Answers:
         reason = "" if request.key is None else code.reason
         attributes: Attributes = [(Attr.ERROR_CODE, (code, reason)), *refused.attributes]
         if code in {ErrorCode.UNAUTHORIZED, ErrorCode.STALE_NONCE}:
-            challenges = self._challenges(request)
-        else:
-            challenges = [[]]
-        for challenge in challenges:
-            if self._send(request, Kind.ERROR, attributes + challenge, request.key):
-                return
+            for challenge in self._challenges(request):
+                if self._send(request, Kind.ERROR, attributes + challenge, request.key):
+                    return
+        elif self._send(request, Kind.ERROR, attributes, request.key):
+            return
         self._send(request, Kind.ERROR, attributes[:1], request.key)
 
-    def _challenges(self, request: Request) -> list[Attributes]:
+    def _challenges(self, request: Request) -> Iterator[Attributes]:
         """Return what a client is to sign its next request for, and a shorter form of the same.
 
         The shorter one is that of RFC 5389, which knows no password algorithms: so nonce cookie and
@@ -119,10 +119,8 @@ class Answers:
         full = [*realm, (Attr.NONCE, authenticator.nonce(client, now))]
         if authenticator.offered:
             full.append((Attr.PASSWORD_ALGORITHMS, authenticator.offered))
-        return [
-            full,
-            [*realm, (Attr.NONCE, authenticator.nonce(client, now, with_cookie=False))],
-        ]
+        yield full
+        yield [*realm, (Attr.NONCE, authenticator.nonce(client, now, with_cookie=False))]
 
     def _count(self, request: Request, code: str) -> None:
         self.sent[_METHOD_NAMES.get(request.message.method, "unknown"), code] += 1
