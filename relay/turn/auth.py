@@ -30,7 +30,7 @@ _MAC_SIZE: Final = 7  # bytes
 _OWN_SIZE: Final = 15  # characters that these are
 
 _COOKIE: Final = b"obMatJos2"  # RFC 8489 §9.2
-# Bits of the security features. Bit 0 is the last one: erratum 6290 to RFC 8489 §9.2 and §18.1.
+# Bits of the security features. Bit 0 is the last one: there is an erratum to RFC 8489 §18.1.
 _HAS_PASSWORD_ALGORITHMS: Final = 1 << 0
 _HAS_USERNAME_ANONYMITY: Final = 1 << 1
 _COOKIE_SIZE: Final = 13  # characters, with the features
