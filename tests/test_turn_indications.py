@@ -352,6 +352,19 @@ def test_segments_without_a_permission_are_counted_each(relay: Scenario) -> None
     assert relay.dropped() == {"unbound_peer": 3, "no_permission": 3}
 
 
+def test_segments_that_are_no_send_indications_are_none(relay: Scenario) -> None:
+    """Whatever else is in them."""
+    alice, bob = permitted(relay)
+    alice.indicates(bob, b"the way is known now")
+    relay.sent()
+    values: list[Value] = [(Attr.XOR_PEER_ADDRESS, bob.address), (Attr.DATA, b"data")]
+    for kind in (Kind.REQUEST, Kind.SUCCESS):
+        datagram = Message(kind, Method.SEND, bytes(12), values).encode()
+        relay.receives_segments_from_client(3 * datagram, len(datagram), alice.address)
+
+    assert not any(isinstance(sent, ToPeer) for sent in relay.sent())
+
+
 def test_dscp_and_ecn_are_kept_both_ways(relay: Scenario) -> None:
     alice, bob = permitted(relay)
     relay.receives_from_client(send_indication(bob.address, b"ping"), alice.address, tos=0xB9)

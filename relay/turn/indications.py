@@ -13,7 +13,7 @@ to clients is written in front of the payload, where that lies::
 
 import struct
 from itertools import count
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final
 
 from relay.stun.address import Address, pack_host, unpack_host
 from relay.stun.attributes import BY_TYPE, Attr, Attribute, comprehension_required
@@ -45,6 +45,7 @@ _INTEGRITIES: Final = frozenset({Attr.MESSAGE_INTEGRITY.type, Attr.MESSAGE_INTEG
 _IPV4, _IPV6 = 1, 2  # the second byte of an address
 _IPV4_SIZE, _IPV6_SIZE = 8, 20  # of the value of XOR-PEER-ADDRESS
 _IPV4_PEER: Final = _PEER << 16 | _IPV4_SIZE
+_IPV6_PEER: Final = _PEER << 16 | _IPV6_SIZE
 
 # What most clients send: header, XOR-PEER-ADDRESS of IPv4, and DATA up to the end.
 _USUAL: Final = struct.Struct("!HHI12sI8sHH")
@@ -61,17 +62,20 @@ _IPV4_MASK: Final = _PORT_MASK << 32 | MAGIC_COOKIE
 def parse_send(datagram: bytes | memoryview, size: int) -> Send | None:
     """Read a Send indication, or return None if it makes no sense. RFC 8656 §11.2.
 
-    *datagram* is a buffer whose first *size* bytes are the datagram; its type has been looked at.
-    What must be understood and is not makes no sense either.
+    *datagram* is a buffer whose first *size* bytes are the datagram. What must be understood and is
+    not makes no sense either.
     """
     if size >= USUAL_START:
-        _, length, cookie, _, peer_header, peer, kind, data_size = _unpack_usual(datagram)
+        message_type, length, cookie, _, peer_header, peer, kind, data_size = _unpack_usual(
+            datagram
+        )
         if (
             peer_header == _IPV4_PEER
             and kind == _DATA
             and length == USUAL_START - HEADER_SIZE + data_size + -data_size % 4
             and length + HEADER_SIZE <= size
             and cookie == MAGIC_COOKIE
+            and message_type == SEND
         ):
             return peer, USUAL_START, data_size, False
     return _parse_any(datagram, size)
@@ -81,9 +85,9 @@ def _parse_any(datagram: bytes | memoryview, size: int) -> Send | None:
     """Read one whose attributes are others, or in another order. The first of each counts."""
     if size < HEADER_SIZE:
         return None
-    _, length, cookie, transaction_id = _unpack_header(datagram)
+    message_type, length, cookie, transaction_id = _unpack_header(datagram)
     end = HEADER_SIZE + length
-    if cookie != MAGIC_COOKIE or length % 4 or end > size:
+    if message_type != SEND or cookie != MAGIC_COOKIE or length % 4 or end > size:
         return None
     peer: Peer | None = None
     start = data_size = 0
@@ -157,18 +161,26 @@ class TransactionIds:
 DATA_HEADER_SIZES: Final = (36, 48)  # bytes, with a peer of IPv4 and of IPv6
 
 
-class DataHeader(Protocol):
+class DataHeader:
     """What is written in front of the payload in a Data indication, for one peer's host."""
 
-    size: int
+    __slots__ = ()
+
+    _layout: ClassVar[struct.Struct]
+    size: ClassVar[int]
 
     def pack_into(
         self, buffer: bytearray, at: int, port: int, length: int, ids: TransactionIds
     ) -> None:
         """Write it at *at*, for a payload of *length* bytes that comes from *port*."""
+        self._layout.pack_into(buffer, at, *self._fields(port, length, ids))
 
     def pack(self, port: int, length: int, ids: TransactionIds) -> bytes:
         """Return the same."""
+        return self._layout.pack(*self._fields(port, length, ids))
+
+    def _fields(self, port: int, length: int, ids: TransactionIds) -> tuple[int, ...]:
+        raise NotImplementedError
 
 
 def data_header(host: str) -> DataHeader:
@@ -176,30 +188,19 @@ def data_header(host: str) -> DataHeader:
     return _Ipv6DataHeader(host) if ":" in host else _Ipv4DataHeader(host)
 
 
-class _Ipv4DataHeader:
+class _Ipv4DataHeader(DataHeader):
     __slots__ = ("_host",)
 
-    _layout: Final = struct.Struct("!HHIIQIHHIHH")
-    size: int = _layout.size
-    _pack = _layout.pack
-    _pack_into = _layout.pack_into
-    _fixed: Final = size - HEADER_SIZE
+    _layout = struct.Struct("!HHIIQIHHIHH")
+    size = _layout.size
 
     def __init__(self, host: str) -> None:
         self._host = int.from_bytes(pack_host(host), "big") ^ MAGIC_COOKIE
 
-    def pack_into(
-        self, buffer: bytearray, at: int, port: int, length: int, ids: TransactionIds
-    ) -> None:
-        self._pack_into(buffer, at, *self._fields(port, length, ids))
-
-    def pack(self, port: int, length: int, ids: TransactionIds) -> bytes:
-        return self._pack(*self._fields(port, length, ids))
-
     def _fields(self, port: int, length: int, ids: TransactionIds) -> tuple[int, ...]:
         return (
             DATA,
-            self._fixed + length + -length % 4,
+            self.size - HEADER_SIZE + length + -length % 4,
             MAGIC_COOKIE,
             *ids.next(),
             _IPV4_PEER,
@@ -211,37 +212,26 @@ class _Ipv4DataHeader:
         )
 
 
-class _Ipv6DataHeader:
+class _Ipv6DataHeader(DataHeader):
     __slots__ = ("_high", "_low")
 
-    _layout: Final = struct.Struct("!HHIIQIHHQQHH")
-    size: int = _layout.size
-    _pack = _layout.pack
-    _pack_into = _layout.pack_into
-    _fixed: Final = size - HEADER_SIZE
+    _layout = struct.Struct("!HHIIQIHHQQHH")
+    size = _layout.size
 
     def __init__(self, host: str) -> None:
         high, low = struct.unpack("!QQ", pack_host(host))
         self._high = high ^ MAGIC_COOKIE << 32
         self._low = low
 
-    def pack_into(
-        self, buffer: bytearray, at: int, port: int, length: int, ids: TransactionIds
-    ) -> None:
-        self._pack_into(buffer, at, *self._fields(port, length, ids))
-
-    def pack(self, port: int, length: int, ids: TransactionIds) -> bytes:
-        return self._pack(*self._fields(port, length, ids))
-
     def _fields(self, port: int, length: int, ids: TransactionIds) -> tuple[int, ...]:
         first, others = ids.next()
         return (
             DATA,
-            self._fixed + length + -length % 4,
+            self.size - HEADER_SIZE + length + -length % 4,
             MAGIC_COOKIE,
             first,
             others,
-            _PEER << 16 | _IPV6_SIZE,
+            _IPV6_PEER,
             _IPV6,
             port ^ _PORT_MASK,
             self._high ^ first,
