@@ -7,8 +7,11 @@ import struct
 from itertools import product
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from relay.stun.attributes import Attr, Attribute, PasswordAlgorithms
+from relay.config.parsing import LONGEST_REALM
+from relay.stun.attributes import BY_TYPE, Attr, Attribute, PasswordAlgorithms
 from relay.stun.const import UDP_PROTOCOL, Kind, Method, PasswordAlgorithm
 from relay.stun.integrity import integrity_sha256, long_term_key, userhash, verify_sha256
 from relay.stun.message import Message, Received, decode
@@ -350,6 +353,37 @@ def test_no_answer_to_who_proves_nothing_is_longer_than_three_times(
             has_algorithms = answer.message.get(Attr.PASSWORD_ALGORITHMS) is not None
             says_so = nonce is not None and nonce[:9] == b"obMatJos2" and nonce[12] in b"BD"
             assert has_algorithms == says_so
+
+
+realms = st.text(min_size=1, max_size=32).filter(lambda text: len(text.encode()) <= LONGEST_REALM)
+types = st.sampled_from(sorted(BY_TYPE)) | st.integers(0, 0xFFFF)
+raw_attributes = st.lists(st.tuples(types, st.binary(max_size=40)), max_size=6)
+
+
+@settings(deadline=None)
+@given(
+    method=st.sampled_from([*Method, 0x0FF]),
+    attributes=raw_attributes,
+    realm=realms,
+    static=st.sampled_from(USERS),
+    software=st.none() | st.text(min_size=1, max_size=40),
+)
+def test_that_goes_for_whatever_is_asked(
+    method: int,
+    attributes: list[tuple[int, bytes]],
+    realm: str,
+    static: dict[str, str | bytes],
+    software: str | None,
+) -> None:
+    """No signature in these is good, so none of them proves anything."""
+    relay = Scenario(users=Users(realm=realm, static=static), software=software)
+    alice = relay.client("[2001:db8::10]:5000")
+    coding = Attr.DATA.coding
+    values = [(Attribute(kind, "drawn", coding), value) for kind, value in attributes]
+    datagram = request(method, *values).encode()
+    alice.sends(datagram)
+    for sent in relay.sent():
+        assert len(sent.datagram) <= 3 * len(datagram)  # type: ignore[union-attr]
 
 
 def test_an_unknown_user_and_a_wrong_password_look_the_same() -> None:
