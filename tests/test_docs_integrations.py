@@ -180,7 +180,11 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server as long as this lasts."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            command,
+            cwd=log.parent,  # where it may leave a core: one of them does not like to be ended
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     try:
         yield process
