@@ -5,7 +5,7 @@ cookie*, where an answer has room for it: it says which of RFC 8489's security f
 has, and as the MAC covers it, nobody on the way can take one away unnoticed. An answer to anyone
 must stay short, so it is as short as it can be::
 
-    obMatJos2 AAAB qrvM3d4ZxpD6mZ8    cookie, 24 bits of features, 4 bytes of time and 7 of MAC
+    obMatJos2 gAAB qrvM3d4ZxpD6mZ8    cookie, 24 bits of features, 4 bytes of time and 7 of MAC
                    qrvM3d4ZxpD6mZ8    the same without a cookie, for who speaks RFC 5389
 """
 
@@ -30,9 +30,11 @@ _MAC_SIZE: Final = 7  # bytes
 _OWN_SIZE: Final = 15  # characters that these are
 
 _COOKIE: Final = b"obMatJos2"  # RFC 8489 §9.2
-# Bits of the security features. Bit 0 is the last one: there is an erratum to RFC 8489 §18.1.
-_HAS_PASSWORD_ALGORITHMS: Final = 1 << 0
-_HAS_USERNAME_ANONYMITY: Final = 1 << 1
+# Bits of the security features. RFC 8489 §9.2 counts them from the first one, an erratum to it from
+# the last one, and there are clients of both readings. To each the other bit is one of those that
+# are not assigned, and nobody looks at.
+_HAS_PASSWORD_ALGORITHMS: Final = 1 << 0 | 1 << 23
+_HAS_USERNAME_ANONYMITY: Final = 1 << 1 | 1 << 22
 _COOKIE_SIZE: Final = 13  # characters, with the features
 
 NONCE_SIZES: Final = (_COOKIE_SIZE + _OWN_SIZE, _OWN_SIZE)
