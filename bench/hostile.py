@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Final, Self
 
+from relay.config.parsing import MOST_SECRETS
 from relay.observe.logratelimit import LogRateLimit
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Family, Method
 from relay.stun.raw import MAX_PEERS
 from relay.turn.commands import ClientAddress, Drop
-from relay.turn.users import DEFAULT_REALM
-from tests.scenario import Client, Scenario, Value, channel_data, request
+from relay.turn.users import DEFAULT_REALM, Users
+from tests.scenario import SECRET, Client, Scenario, Value, channel_data, request
 
 BATCHES: Final = 60
 IN_A_BATCH: Final = 10  # datagrams
@@ -134,6 +135,7 @@ class Target:
             unauthenticated_rate=UNLIMITED,
             unauthenticated_rate_per_prefix=UNLIMITED,
             max_allocations=1000,
+            users=Users(secret=SECRET, rest_secrets=self._flood.rest_secrets),
         )
         mallory = self._relay.client(MALLORY).allocates(lifetime=3600)
         self._datagrams = self._flood.datagrams(self._relay, mallory)
@@ -262,6 +264,7 @@ class Flood:
     name: str
     datagrams: Callable[[Scenario, Client], Iterator[Datagram]]
     from_strangers: bool = False  # it takes neither credentials nor a nonce
+    rest_secrets: tuple[str, ...] = ()  # that the relay has besides Firezone's
 
 
 def bindings(_: Scenario, mallory: Client) -> Iterator[Datagram]:
@@ -322,9 +325,13 @@ def wrong_signatures_with_a_nonce(_: Scenario, mallory: Client) -> Iterator[Data
         yield _wrongly_signed(number, mallory.nonce), mallory.address
 
 
-def long_wrong_signatures(_: Scenario, mallory: Client) -> Iterator[Datagram]:
-    for number in endless():
-        yield _wrongly_signed(number, mallory.nonce, (Attr.DATA, bytes(1800))), mallory.address
+def long_wrong_signatures(sha256: bool) -> Callable[[Scenario, Client], Iterator[Datagram]]:
+    def datagrams(_: Scenario, mallory: Client) -> Iterator[Datagram]:
+        for number in endless():
+            padding = (Attr.DATA, bytes(1800))
+            yield _wrongly_signed(number, mallory.nonce, padding, sha256=sha256), mallory.address
+
+    return datagrams
 
 
 def spoofed_allocates(relay: Scenario, _: Client) -> Iterator[Datagram]:
@@ -410,7 +417,13 @@ FLOODS: Final = (
     Flood("wrong FINGERPRINT, 2 KiB", wrong_fingerprints, from_strangers=True),
     Flood("wrong signature, no good nonce", wrong_signatures),
     Flood("wrong signature, good nonce", wrong_signatures_with_a_nonce),
-    Flood("wrong signature, good nonce, 2 KiB", long_wrong_signatures),
+    Flood("wrong signature, good nonce, 2 KiB", long_wrong_signatures(sha256=False)),
+    Flood("wrong SHA-256, good nonce, 2 KiB", long_wrong_signatures(sha256=True)),
+    Flood(
+        "the same, as many secrets as there may be",
+        long_wrong_signatures(sha256=True),
+        rest_secrets=tuple(f"secret {number}" for number in range(MOST_SECRETS)),
+    ),
     Flood("unsigned Allocate, addresses spoofed", spoofed_allocates, from_strangers=True),
     Flood("CreatePermission with 16 peers", permissions(MAX_PEERS)),
     Flood("CreatePermission with 16 IPv6 peers", ipv6_permissions),
@@ -428,14 +441,14 @@ def message(message_type: int, attributes: bytes, number: int) -> bytes:
     return header + number.to_bytes(12, "big") + attributes
 
 
-def _wrongly_signed(number: int, nonce: bytes, *attributes: Value) -> bytes:
+def _wrongly_signed(number: int, nonce: bytes, *attributes: Value, sha256: bool = False) -> bytes:
     """Return an Allocate by a username that nobody has had before."""
     credentials: tuple[Value, ...] = (
         (Attr.USERNAME, f"{2**40}:{number}"),
         (Attr.REALM, DEFAULT_REALM),
         (Attr.NONCE, nonce),
     )
-    return request(Method.ALLOCATE, *attributes, *credentials).encode(b"guessed")
+    return request(Method.ALLOCATE, *attributes, *credentials).encode(b"guessed", sha256=sha256)
 
 
 def _cells(cost: Cost | None, binding: Cost) -> str:
