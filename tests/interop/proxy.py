@@ -6,7 +6,11 @@ import threading
 from types import TracebackType
 from typing import Any, Final, Self
 
+from relay.datapath.clientside import LAST_STUN_BYTE
 from relay.stun.address import Address
+from relay.stun.attributes import Attr
+from relay.stun.const import Kind
+from relay.stun.message import Message, decode
 
 _ROOM: Final = 65536
 
@@ -37,6 +41,12 @@ class Recorder:
         self._thread.join()
         for sock in (self._socket, self._stop, self._stopped, *self._ways.values()):
             sock.close()
+
+    def signed_requests(self) -> list[Message]:
+        """Return the requests of clients that have a nonce."""
+        messages = [decode(one).message for one in self.sent if one[0] <= LAST_STUN_BYTE]
+        requests = [message for message in messages if message.kind is Kind.REQUEST]
+        return [request for request in requests if request.get(Attr.NONCE) is not None]
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
