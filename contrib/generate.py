@@ -22,7 +22,7 @@ from relay.config.reading import build_parser
 from relay.daemon import CREDENTIAL_LIFETIME
 from relay.net.listening import LISTEN_BUFFER
 from relay.net.udp import PORT_BUFFER
-from relay.observe.counters import Counters
+from relay.observe.counters import PACKET_SIZES, Counters, InKernel, Relayed
 from relay.observe.exposition import STUCK_AFTER, RelayCollector, Status
 from relay.observe.logratelimit import BURST, BURST_OF_ALL, INTERVAL
 from relay.turn import ratelimit
@@ -34,6 +34,7 @@ from relay.version import __version__
 
 HERE: Final = Path(__file__).parent
 
+_NOTHING: Final = [Relayed(0, 0)] * (len(PACKET_SIZES) + 1)
 _OPTIONS: Final = {option.dest: option for option in OPTIONS}
 
 
@@ -179,6 +180,7 @@ def _metric_lines() -> Iterator[str]:
         refused_peers={"rule": 0},
         overflows=0,
         counters=Counters(["reason"]),
+        in_kernel=InKernel({"device": "mode"}, 0, {"reason": 0}, _NOTHING, _NOTHING),
     )
     collector = RelayCollector(lambda: quiet, version="")
     for metric in collector.collect():

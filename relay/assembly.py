@@ -50,6 +50,8 @@ from relay.turn.peers import RULES, PeerPolicy
 from relay.turn.server import Server
 from relay.turn.settings import Settings
 from relay.version import __version__
+from relay.xdp.attach import KernelPath, XdpError, usual_devices
+from relay.xdp.routes import KernelRoutes, LostControl, RouteMap
 
 # What is said here is said once, at start, and must not fall under the rate limit of the log.
 logger = logging.getLogger("relay.daemon")
@@ -82,6 +84,7 @@ class Parts:
     server: Server
     authenticator: Authenticator
     datapath: DataPath
+    kernel_path: KernelPath | None  # None: nothing is to be relayed there
     monitor: Monitor
     supervision: Supervision
     addresses: HostAddresses | None  # None: the kernel does not tell
@@ -100,6 +103,8 @@ class Parts:
             self.portal.close()
         if self.health is not None:
             self.health.stop()
+        if self.kernel_path is not None:
+            self.kernel_path.close()
         self.datapath.close()
         for listener in self.listeners.values():
             listener.close()
@@ -169,6 +174,7 @@ def assemble(
     if live is not None:
         live.on_change = partial(_on_change, port_hosts, on_addresses)
         reactor.register(live, live.on_readable)
+    kernel_path = _kernel_path(config, listeners, datapath)
     monitor = Monitor(
         server,
         counters,
@@ -176,6 +182,7 @@ def assemble(
         [*listening, opener.queues],
         KNOWN_AUTH_FAILURES,
         RULES,
+        None if kernel_path is None else kernel_path.status,
     )
     return Parts(
         reactor=reactor,
@@ -185,6 +192,7 @@ def assemble(
         server=server,
         authenticator=authenticator,
         datapath=datapath,
+        kernel_path=kernel_path,
         monitor=monitor,
         supervision=_supervision(reactor, monitor),
         addresses=live,
@@ -351,6 +359,47 @@ def _check_descriptors(config: Config, max_sockets: int, descriptors: int) -> No
         raise DaemonError(os.EX_OSERR, f"no allocation would be possible: {limit}")
     if room < min(settings.max_allocations, len(settings.ports)):
         logger.info("there is room for %d allocations of all families: %s", room, limit)
+
+
+# --- In the kernel ---------------------------------------------------------------------------
+
+
+def _kernel_path(
+    config: Config, listeners: dict[Family, ListeningSocket], datapath: DataPath
+) -> KernelPath | None:
+    """Have the kernel relay channels, too, if that is wanted. Raises DaemonError."""
+    if config.xdp is None:
+        return None
+
+    def make_routes(routes: RouteMap, *, on_lost_control: LostControl) -> KernelRoutes:
+        return KernelRoutes(
+            routes,
+            client_side=lambda client: listeners[family_of(client[0][0])].local_address(client),
+            port_host=lambda port, family: datapath.ports[port].host(family),
+            public_hosts=config.public_hosts,
+            relay_ports=config.ports,
+            copies_tos=config.copy_tos != "off",
+            on_lost_control=on_lost_control,
+        )
+
+    hosts = (*config.public_hosts.values(), *config.bind_hosts.values())
+    path = KernelPath(config.xdp, config.xdp_devices or usual_devices(hosts), make_routes)
+    try:
+        path.start(config.public_hosts)
+    except XdpError as error:
+        path.close()
+        leave_to_sockets(config, error)
+    else:
+        assert path.routes is not None
+        datapath.routes.watchers.append(path.routes)
+    return path
+
+
+def leave_to_sockets(config: Config, error: XdpError) -> None:
+    """Say that the kernel relays nothing, and why. Raises DaemonError if it has to."""
+    if config.xdp == "require":
+        raise DaemonError(os.EX_OSERR, f"xdp: {error} (--xdp auto leaves it to the sockets)")
+    logger.warning("xdp: %s; the sockets relay everything", error)
 
 
 # --- Around them -----------------------------------------------------------------------------

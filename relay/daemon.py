@@ -9,7 +9,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final, assert_never
 
-from relay.assembly import DaemonError, assemble, peer_policy_of, settings_of
+from relay.assembly import (
+    DaemonError,
+    assemble,
+    leave_to_sockets,
+    peer_policy_of,
+    settings_of,
+)
 from relay.config.credentials import as_json, as_text
 from relay.config.model import Config, ConfigError, Reloaded
 from relay.host import sandbox
@@ -26,6 +32,7 @@ from relay.portal.phoenix import (
 )
 from relay.stun.address import format_endpoint
 from relay.turn.users import mint, mint_rest
+from relay.xdp.attach import XdpError
 
 logger = logging.getLogger("relay.daemon")
 
@@ -155,6 +162,11 @@ class Daemon:
         except RuntimeError as error:  # RLIMIT_NPROC, TasksMax=
             raise DaemonError(os.EX_OSERR, f"cannot start a thread: {error}") from error
         confined.verify()
+        if parts.kernel_path is not None:
+            try:
+                parts.kernel_path.verify()
+            except XdpError as error:
+                leave_to_sockets(self._config, error)
         parts.supervision.start()
         if parts.portal is None:
             if self._config.print_credential or (

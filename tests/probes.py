@@ -25,6 +25,7 @@ QUIET = Status(
     refused_peers={},
     overflows=0,
     counters=Counters(),
+    in_kernel=None,
 )
 
 

@@ -507,6 +507,10 @@ class FakeSocket:
         self.receiver = receiver
         self.take_error: TakeError | None = None  # once somebody wants to hear of ICMP errors
 
+    @property
+    def host(self) -> str:
+        return {Family.IPV4: PUBLIC_IP4, Family.IPV6: PUBLIC_IP6}[self._family]
+
     def reach(self, peer: PeerAddress) -> "FakeDestination":
         assert family_of(peer[0]) is self._family
         return FakeDestination(self._network, partial(self._to_peer, peer))

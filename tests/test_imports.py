@@ -27,6 +27,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.observe",
         "relay.net.signals",
         "relay.portal.phoenix",
+        "relay.xdp.attach",
         "relay.turn.users",
         "relay.stun.address",
     ),
@@ -36,6 +37,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.host",
         "relay.observe",
         "relay.portal",
+        "relay.xdp",
         "relay.net",
         "relay.turn",
         "relay.stun",
@@ -51,6 +53,12 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
     ),
     "relay.config.model": ("relay.stun.address", "relay.stun.const", "relay.turn.users"),
     "relay.datapath": ("relay.observe.counters", "relay.net.udp", "relay.turn", "relay.stun"),
+    "relay.xdp": (
+        "relay.observe.counters",
+        "relay.net.addresses",
+        "relay.turn.commands",
+        "relay.stun",
+    ),
     # Packages that import no other: they are handed what they work with.
     "relay.host": ("relay.stun.address", "relay.stun.const"),
     "relay.observe": (),

@@ -69,6 +69,8 @@ class Config:
     user: str | None  # whom root becomes; None: an unprivileged one
     offload: bool  # GRO and GSO, where the kernel has them
     copy_tos: Literal["auto", "on", "off"]  # DSCP and ECN
+    xdp: Literal["auto", "require", "generic"] | None  # None: nothing is relayed in the kernel
+    xdp_devices: tuple[str, ...]  # none: those of the default routes and of our addresses
     drain_timeout: int  # seconds
     software: str | None
     rng_seed: int | None

@@ -8,6 +8,7 @@ from relay.config.parsing import (
     api_url,
     choice,
     cidrs,
+    devices,
     http_address,
     ipv4,
     ipv6,
@@ -434,6 +435,29 @@ OPTIONS: Final = (
         default="auto",
         metavar="WHEN",
         field="copy_tos",
+    ),
+    Option(
+        "xdp",
+        "XDP",
+        choice(off=None, auto="auto", require="require", generic="generic"),
+        "relay channels in the kernel, by an XDP program at the network devices, past the host's "
+        "firewall: auto where that can be, require everywhere or end, generic also where the "
+        "driver has no place for it",
+        SPECIAL,
+        default="off",
+        metavar="WHEN",
+        field="xdp",
+    ),
+    Option(
+        "xdp-device",
+        "XDP_DEVICE",
+        devices,
+        "network device for --xdp; repeatable, or a list with commas (default: those of the "
+        "default routes and of the addresses that are given)",
+        SPECIAL,
+        metavar="NAME",
+        field="xdp_devices",
+        repeatable=True,
     ),
     Option(
         "software",

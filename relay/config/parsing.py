@@ -78,6 +78,15 @@ def cidrs(text: str) -> tuple[str, ...]:
     return tuple(prefixes)
 
 
+def devices(text: str) -> tuple[str, ...]:
+    """Read names of network devices, separated by commas or white space."""
+    names = tuple(re.split(r"[,\s]+", text.strip(", \t")))
+    for name in names:
+        if not re.fullmatch(r"[!-.0-9;-~]{1,15}", name, re.ASCII) or name in {".", ".."}:
+            raise ValueError("not the name of a network device such as eth0")
+    return names
+
+
 def switch(text: str) -> bool:
     """Read yes or no, in one of their spellings."""
     word = text.lower()

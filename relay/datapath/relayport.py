@@ -19,6 +19,10 @@ _pack, _pack_into = HEADER.pack, HEADER.pack_into
 class RelaySocket(Protocol):
     """The socket of a relay port in one family."""
 
+    @property
+    def host(self) -> str:
+        """The address that it is bound to, which may be a wildcard."""
+
     def reach(self, address: Any, /) -> PeerDestination:  # noqa: ANN401
         """Return how to send to a peer from here."""
 
@@ -90,6 +94,10 @@ class RelayPort:
     def is_open_in(self, family: Family) -> bool:
         """Tell if the port is bound in a family."""
         return family in self._sockets
+
+    def host(self, family: Family) -> str:
+        """Return the address that it is bound to in a family, which may be a wildcard."""
+        return self._sockets[family].host
 
     def reach(self, peer: PeerAddress) -> PeerDestination:
         """Return how to send to a peer from here."""

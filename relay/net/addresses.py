@@ -26,14 +26,21 @@ def outward_address(family: socket.AddressFamily) -> str | None:
     interface has one that stays, under the same prefix, that is returned instead.
     """
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((_FAR_AWAY[family], 9))  # on UDP this only picks a route
-            host: str = probe.getsockname()[0]
+        host = source_address(_FAR_AWAY[family])
     except OSError:
         return None
     if ip_address(host).is_link_local:  # which nobody beyond the link can use
         return None
     return host if family == socket.AF_INET else lasting_address(host, dump_addresses(family))
+
+
+def source_address(host: str) -> str:
+    """Return the source address that the routing table gives towards *host*. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # on UDP this only picks a route
+        source: str = probe.getsockname()[0]
+    return source
 
 
 def lasting_address(host: str, entries: dict[netlink.Entry, int]) -> str:

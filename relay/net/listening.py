@@ -117,6 +117,11 @@ class ListeningSocket:
         """Return how to send to a client from here."""
         return UdpDestination(self._sock, self._segments, client[0], self._shared.lost)
 
+    def local_address(self, client: Client) -> tuple[str, int]:
+        """Return the address of ours that a client writes to, with the port."""
+        host = socket.inet_ntop(self._sock.family, client[1]) if client[1] else self.address[0]
+        return (host, self.address[1])
+
     def look_for_marks(self) -> None:
         """Look at the next datagrams for DSCP and ECN."""
         for sock in self.sockets:

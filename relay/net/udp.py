@@ -489,6 +489,12 @@ class PortSocket:
         """Return how to send to *address* from here."""
         return PortDestination(self, self._sock, self._segments, address)
 
+    @property
+    def host(self) -> str:
+        """The address that it is bound to, which may be a wildcard."""
+        host: str = self._sock.getsockname()[0]
+        return host
+
     def look_for_marks(self) -> None:
         """Look at the next datagrams for DSCP and ECN."""
         self.reader.look_for_marks()

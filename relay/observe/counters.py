@@ -1,10 +1,15 @@
 """What is counted. Counters are plain numbers: the data path can afford one addition."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 QUEUE_FULL: Final = "receive_queue_full"  # how datagrams count that came when a queue was full
+
+# Upper bounds of the classes by which datagrams are counted, in bytes of payload. The program in
+# the kernel (relay/xdp) has the same, and one class for what is larger.
+PACKET_SIZES: Final = (64, 128, 256, 512, 1024, 1280, 1500)
 
 
 class Counters:
@@ -31,3 +36,30 @@ class Counters:
     def lost(self, reason: str) -> None:
         """Count a datagram that the kernel did not take or give."""
         self.dropped[reason] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class InKernel:
+    """What the data path in the kernel is at one moment, and what it has relayed."""
+
+    devices: Mapping[str, str]  # those asked for, and how it is attached: native, generic or no
+    routes: int  # two for each channel
+    failures: Mapping[str, int]  # why something was left to the sockets, and how often
+    to_peer: "Sequence[Relayed]"  # by the classes of PACKET_SIZES, then what is larger
+    to_client: "Sequence[Relayed]"
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it relays anything."""
+        return any(mode != NOT_ATTACHED for mode in self.devices.values())
+
+
+NOT_ATTACHED: Final = "no"
+
+
+@dataclass(frozen=True, slots=True)
+class Relayed:
+    """Datagrams of one class of sizes."""
+
+    datagrams: int
+    bytes: int  # of payload

@@ -8,7 +8,7 @@ series each.
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, repeat
+from itertools import accumulate, pairwise, repeat
 from operator import mul
 from typing import Final
 
@@ -16,11 +16,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from relay.observe.counters import QUEUE_FULL, Counters
+from relay.observe.counters import (
+    NOT_ATTACHED,
+    PACKET_SIZES,
+    QUEUE_FULL,
+    Counters,
+    InKernel,
+    Relayed,
+)
 
 STUCK_AFTER: Final = 5.0  # seconds in one iteration of the loop
 
-PACKET_SIZES: Final = (64, 128, 256, 512, 1024, 1280, 1500)  # upper bounds, in bytes
 BATCH_LENGTHS: Final = (1, 2, 4, 8, 16, 32, 64)  # upper bounds, in datagrams
 
 
@@ -42,6 +48,7 @@ class Status:
     refused_peers: Mapping[str, int]  # by rule, likewise
     overflows: int  # datagrams that found the queue of a socket full
     counters: Counters  # the reactor writes them meanwhile: read copies
+    in_kernel: InKernel | None  # None: nothing is to be relayed there
 
     @property
     def stuck(self) -> str | None:
@@ -76,7 +83,8 @@ class RelayCollector(Collector):
         yield from self._state(status)
         yield from self._portal(status)
         yield from self._requests(status)
-        yield from self._data(status.counters, status.overflows)
+        yield from self._data(status.counters, status.overflows, status.in_kernel)
+        yield from self._kernel(status.in_kernel)
 
     def _state(self, status: Status) -> Iterator[Metric]:
         build = GaugeMetricFamily(
@@ -160,24 +168,48 @@ class RelayCollector(Collector):
             status.refused_peers,
         )
 
-    def _data(self, counters: Counters, overflows: int) -> Iterator[Metric]:
+    def _data(
+        self, counters: Counters, overflows: int, in_kernel: InKernel | None
+    ) -> Iterator[Metric]:
         # Copying a dict of numbers is one step for the other threads. Batches go first: their
         # datagrams are then among those relayed.
         batches = dict(counters.batches)
-        to_peer, to_client = dict(counters.to_peer), dict(counters.to_client)
-        datagrams = {
-            "client_to_peer": sum(to_peer.values()),
-            "peer_to_client": sum(to_client.values()),
+        by_sockets: dict[str, Sequence[Relayed]] = {
+            "client_to_peer": _by_class(dict(counters.to_peer)),
+            "peer_to_client": _by_class(dict(counters.to_client)),
         }
-        payload = {"client_to_peer": total(to_peer), "peer_to_client": total(to_client)}
-        relayed = sum(datagrams.values())
-        yield _by(
-            "direction",
+        relayed = {"sockets": by_sockets}
+        if in_kernel is not None:
+            relayed["xdp"] = {
+                "client_to_peer": in_kernel.to_peer,
+                "peer_to_client": in_kernel.to_client,
+            }
+        payload = CounterMetricFamily(
             "relay_relayed_bytes_total",
             "Payload relayed, in bytes, without the headers of ChannelData, UDP and IP.",
-            payload,
+            labels=("direction", "datapath"),
         )
-        yield _by("direction", "relay_relayed_packets_total", "Datagrams relayed.", datagrams)
+        datagrams = CounterMetricFamily(
+            "relay_relayed_packets_total", "Datagrams relayed.", labels=("direction", "datapath")
+        )
+        sizes = HistogramMetricFamily(
+            "relay_packet_size_bytes",
+            "Payload of the datagrams relayed in either direction, in bytes.",
+            labels=("datapath",),
+        )
+        for datapath, directions in relayed.items():
+            for direction, classes in directions.items():
+                payload.add_metric((direction, datapath), sum(each.bytes for each in classes))
+                datagrams.add_metric((direction, datapath), sum(each.datagrams for each in classes))
+            both = [*zip(*directions.values(), strict=True)]
+            cumulative = [*accumulate(here.datagrams + there.datagrams for here, there in both)]
+            sizes.add_metric(
+                (datapath,),
+                buckets=_buckets(PACKET_SIZES, cumulative[:-1], cumulative[-1]),
+                sum_value=sum(here.bytes + there.bytes for here, there in both),
+            )
+        yield payload
+        yield datagrams
         yield _by(
             "reason",
             "relay_dropped_packets_total",
@@ -185,26 +217,41 @@ class RelayCollector(Collector):
             "are the kernel's errors, the others are what the datagram was.",
             {**dict(counters.dropped), QUEUE_FULL: overflows},
         )
-        sizes = [
-            here + there
-            for here, there in zip(
-                _up_to(PACKET_SIZES, to_peer), _up_to(PACKET_SIZES, to_client), strict=True
-            )
-        ]
-        yield HistogramMetricFamily(
-            "relay_packet_size_bytes",
-            "Payload of the datagrams relayed in either direction, in bytes.",
-            buckets=_buckets(PACKET_SIZES, sizes, relayed),
-            sum_value=sum(payload.values()),
-        )
+        yield sizes
+        sent = sum(each.datagrams for classes in by_sockets.values() for each in classes)
         # A counter must not fall, and these numbers are not of the very same moment.
-        self._sent_singly = max(self._sent_singly, relayed - total(batches))
+        self._sent_singly = max(self._sent_singly, sent - total(batches))
         batches[1] = self._sent_singly
         yield HistogramMetricFamily(
             "relay_train_length",
             "Datagrams handed to the kernel at a time: the longer, the less each one costs.",
             buckets=_buckets(BATCH_LENGTHS, _up_to(BATCH_LENGTHS, batches), sum(batches.values())),
             sum_value=total(batches),
+        )
+
+    def _kernel(self, in_kernel: InKernel | None) -> Iterator[Metric]:
+        if in_kernel is None:
+            return
+        attached = GaugeMetricFamily(
+            "relay_xdp_attached",
+            "1 for each device at which the program in the kernel is, and how (native or generic); "
+            "0 for one where it was to be. Absent without --xdp, as are the next two.",
+            labels=("device", "mode"),
+        )
+        for device, mode in sorted(in_kernel.devices.items()):
+            attached.add_metric((device, mode), mode != NOT_ATTACHED)
+        yield attached
+        yield GaugeMetricFamily(
+            "relay_xdp_routes",
+            "Routes that the kernel relays by: two for each channel.",
+            value=in_kernel.routes,
+        )
+        yield _by(
+            "reason",
+            "relay_xdp_failures_total",
+            "What the kernel did not take, by reason: the program, a device, or a channel. The "
+            "sockets relay that.",
+            in_kernel.failures,
         )
 
 
@@ -221,6 +268,18 @@ def _by(label: str, name: str, documentation: str, counts: Mapping[str, int]) ->
 def total(counts: Mapping[int, int]) -> int:
     """Return the sum of the sizes, or lengths, of which these are the counts."""
     return sum(map(mul, counts.keys(), counts.values()))
+
+
+def _by_class(counts: Mapping[int, int]) -> list[Relayed]:
+    """Return what was relayed in each of the classes of PACKET_SIZES, and beyond them."""
+    classes = []
+    for lowest, highest in pairwise((-1, *PACKET_SIZES)):
+        sizes = range(lowest + 1, highest + 1)
+        datagrams = [*map(counts.get, sizes, repeat(0))]
+        classes.append(Relayed(sum(datagrams), sum(map(mul, sizes, datagrams))))
+    datagrams_left = sum(counts.values()) - sum(each.datagrams for each in classes)
+    bytes_left = total(counts) - sum(each.bytes for each in classes)
+    return [*classes, Relayed(datagrams_left, bytes_left)]
 
 
 def _up_to(bounds: Sequence[int], counts: Mapping[int, int]) -> list[int]:

@@ -2,10 +2,10 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from relay.observe.counters import QUEUE_FULL, Counters
+from relay.observe.counters import QUEUE_FULL, Counters, InKernel, Relayed
 from relay.observe.exposition import Status, total
 
 
@@ -68,8 +68,13 @@ class Monitor:
         queues: Iterable[Queue],
         known_auth_failures: Iterable[str] = (),
         known_peer_rules: Iterable[str] = (),
+        in_kernel: Callable[[], InKernel] | None = None,
     ) -> None:
-        """Watch these from here on; report the known reasons before they are counted."""
+        """Watch these from here on; report the known reasons before they are counted.
+
+        ``in_kernel()`` tells of the data path in the kernel, if there is to be one; from any
+        thread.
+        """
         self.not_ready: str | None = "starting"
         self.portal_connected: bool | None = None  # None: there is no portal
         self.portal_reconnects = 0
@@ -77,6 +82,7 @@ class Monitor:
         self._counters = counters
         self._loop = loop
         self._queues = tuple(queues)
+        self._in_kernel = in_kernel
         self._no_auth_failures = dict.fromkeys(known_auth_failures, 0)
         self._no_refused_peers = dict.fromkeys(known_peer_rules, 0)
         self._started = time.monotonic()
@@ -106,6 +112,7 @@ class Monitor:
             refused_peers={**self._no_refused_peers, **self._served.refused_peers.copy()},
             overflows=self._overflows(),
             counters=self._counters,
+            in_kernel=self._in_kernel and self._in_kernel(),
         )
 
     def dropped(self) -> dict[str, int]:
@@ -115,11 +122,19 @@ class Monitor:
     def line(self) -> str:
         """Say in one line how it goes, with the traffic since the line before."""
         now = time.monotonic()
+        in_kernel = self._in_kernel and self._in_kernel()
         relayed = total(self._counters.to_peer) + total(self._counters.to_client)
+        if in_kernel is not None:
+            relayed += sum(each.bytes for each in (*in_kernel.to_peer, *in_kernel.to_client))
         then, relayed_then = self._last_line
         self._last_line = (now, relayed)
         megabits = (relayed - relayed_then) * 8 / 1e6 / max(now - then, 1e-3)
-        return f"{self._state()}, {megabits:.1f} Mbit/s"
+        parts = [self._state()]
+        if in_kernel is not None:
+            where = "in the kernel" if in_kernel.is_attached else "not in the kernel"
+            parts.append(where)
+        parts.append(f"{megabits:.1f} Mbit/s")
+        return ", ".join(parts)
 
     def summary(self) -> str:
         """Say everything there is to say."""
@@ -129,6 +144,8 @@ class Monitor:
             ("peer to client", self._counters.to_client),
         ):
             parts.append(f"{name}: {sum(sizes.values())} datagrams, {total(sizes)} bytes")
+        if self._in_kernel is not None:
+            parts += _kernel_summary(self._in_kernel())
         responses = {" ".join(key): count for key, count in self._served.responses.items()}
         parts.append(f"responses: {listed(responses)}")
         parts.append(f"authentication failures: {listed(self._auth_failures())}")
@@ -157,6 +174,21 @@ class Monitor:
     def _auth_failures(self) -> dict[str, int]:
         counted = {why.value: count for why, count in self._served.auth_failures.copy().items()}
         return {**self._no_auth_failures, **counted}
+
+
+def _kernel_summary(in_kernel: InKernel) -> list[str]:
+    devices = ", ".join(f"{device} ({mode})" for device, mode in in_kernel.devices.items())
+    return [
+        f"in the kernel at {devices or 'no device'}: {in_kernel.routes} routes",
+        f"client to peer: {_relayed(in_kernel.to_peer)}",
+        f"peer to client: {_relayed(in_kernel.to_client)}",
+        f"left to the sockets: {listed(in_kernel.failures)}",
+    ]
+
+
+def _relayed(classes: Iterable[Relayed]) -> str:
+    both = [(each.datagrams, each.bytes) for each in classes]
+    return f"{sum(one for one, _ in both)} datagrams, {sum(size for _, size in both)} bytes"
 
 
 def listed(counts: Mapping[str, int]) -> str:

@@ -1,0 +1,279 @@
+"""Putting the program to work: at which devices, in which mode, and if not, why not."""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import struct
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+from relay.net.addresses import WILDCARDS, dump_addresses, pack
+from relay.observe.counters import NOT_ATTACHED, PACKET_SIZES, InKernel, Relayed
+from relay.stun.const import Family
+from relay.xdp import bpf
+from relay.xdp.routes import KNOWN_FAILURES, KernelRoutes, LostControl, RouteMap
+
+logger = logging.getLogger("relay.xdp")
+
+Mode = Literal["auto", "require", "generic"]
+"""require: at each device, or not at all. generic: also where the driver has no place for it."""
+
+OBJECT: Final = "turn.bpf.o"
+_NAME: Final = "turn"  # of the program, as ip and bpftool show it
+_SIZE_CLASSES: Final = len(PACKET_SIZES) + 1
+_RELAYED: Final = struct.Struct("=QQ")  # struct relayed
+
+# What sends by the host's routes without making the host a router, by family.
+_FORWARDING: Final = {
+    Family.IPV4: "net/ipv4/conf/lo/forwarding",
+    Family.IPV6: "net/ipv6/conf/lo/forwarding",
+}
+
+_PRIVILEGES: Final = (
+    "it takes CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON in the host's user namespace "
+    "(contrib/systemd/xdp.conf gives them), and the system call bpf"
+)
+_LOAD_HELP: Final = {
+    errno.EPERM: _PRIVILEGES,
+    errno.EACCES: _PRIVILEGES,
+    errno.ENOSYS: "this kernel, or this kind of machine, has no bpf(2)",
+    errno.EINVAL: "it takes Linux 5.19",
+}
+_ATTACH_HELP: Final = {
+    errno.EPERM: _PRIVILEGES,
+    errno.EOPNOTSUPP: "its driver has no place for a program; --xdp generic does without one",
+    errno.EINVAL: "its driver refuses; often it has too few queues (ethtool -l and -L), or what "
+    "does not go together with it is on (ethtool -k: large-receive-offload, rx-gro-hw)",
+    errno.ENOMEM: "it has too few queues that are free (ethtool -l and -L)",
+    errno.ERANGE: "its MTU is too large: there is room for about 3,500 bytes",
+    errno.EBUSY: "another program is there already (ip link show)",
+    errno.EEXIST: "another program is there already, in another mode (ip link show)",
+}
+
+
+class XdpError(Exception):
+    """The program cannot be loaded or attached. The text says why, and what to do about it."""
+
+
+class MakeRoutes(Protocol):
+    """Returns what writes to a map of routes."""
+
+    def __call__(self, routes: RouteMap, *, on_lost_control: LostControl) -> KernelRoutes:
+        """Do that."""
+
+
+class KernelPath:
+    """The program and the devices where it is to be attached. What it does not do, sockets do."""
+
+    def __init__(self, mode: Mode, devices: Iterable[str], make_routes: MakeRoutes) -> None:
+        """Begin without a program."""
+        self._mode = mode
+        self._make_routes = make_routes
+        self._devices = dict.fromkeys(devices, NOT_ATTACHED)
+        self._program: bpf.Program | None = None
+        self._links: list[int] = []
+        self._failures = Counter(dict.fromkeys(("not_loaded", "not_attached"), 0))
+        self._last_counts = [Relayed(0, 0)] * (2 * _SIZE_CLASSES)
+        self.routes: KernelRoutes | None = None  # once the program is at work
+
+    def start(self, families: Collection[Family]) -> None:
+        """Load the program, and attach it wherever that can be; where it cannot, say why.
+
+        Raises XdpError if it is attached nowhere; in mode "require" if it is not everywhere.
+        """
+        if not self._devices:
+            raise XdpError("there is no Ethernet device for it; --xdp-device names one")
+        try:
+            program = self._program = load()
+        except XdpError:
+            self._failures["not_loaded"] += 1
+            raise
+        for family in families:
+            _forward_from_loopback(family)
+        for device in self._devices:
+            try:
+                self._devices[device] = self._attach(program, device)
+            except XdpError as error:
+                self._failures["not_attached"] += 1
+                if self._mode == "require":
+                    raise
+                logger.warning("xdp: %s", error)
+        attached = [f"{name} ({how})" for name, how in self._devices.items() if how != NOT_ATTACHED]
+        if not attached:
+            raise XdpError("it is attached to no device")
+        self.routes = self._make_routes(program.maps["routes"], on_lost_control=self._give_up)
+        logger.info("xdp: the kernel relays channels at %s", ", ".join(attached))
+
+    def verify(self) -> None:
+        """Write to a map, and take that back, with the privileges there are now.
+
+        Kernels before 5.19 refuse that to who has none: then nothing is attached any more. Raises
+        XdpError.
+        """
+        if self._program is None or self.routes is None:
+            return
+        routes = self._program.maps["routes"]
+        nobodys = bytes(routes.definition.key_size)  # the flow of no datagram
+        try:
+            routes.update(nobodys, bytes(routes.definition.value_size))
+            routes.delete(nobodys)
+        except OSError as error:
+            self._detach()
+            problem = f"a map cannot be written without privileges ({error.strerror})"
+            raise XdpError(f"{problem}: that takes Linux 5.19") from error
+
+    def status(self) -> InKernel:
+        """Return what it does and has done. For any thread."""
+        if self._program is not None:
+            with suppress(OSError):  # closed by now, or refused: what was read last stays true
+                self._last_counts = [
+                    Relayed(*map(sum, zip(*map(_RELAYED.unpack, each), strict=True)))
+                    for each in self._program.maps["relayed"].lookup_all()
+                ]
+        counts, failures = self._last_counts, dict.fromkeys(KNOWN_FAILURES, 0)
+        if self.routes is not None:
+            failures.update(self.routes.failures)
+        return InKernel(
+            devices=dict(self._devices),
+            routes=0 if self.routes is None else len(self.routes),
+            failures={**self._failures, **failures},
+            to_peer=counts[:_SIZE_CLASSES],
+            to_client=counts[_SIZE_CLASSES:],
+        )
+
+    def close(self) -> None:
+        """Detach and unload it."""
+        self._detach()
+        if self._program is not None:
+            self._program.close()
+            self._program = None
+
+    def _give_up(self, reason: str) -> None:
+        logger.error("xdp: %s: the program is detached, and the sockets relay everything", reason)
+        self._detach()
+
+    def _detach(self) -> None:
+        for link in self._links:
+            os.close(link)
+        self._links.clear()
+        self._devices = dict.fromkeys(self._devices, NOT_ATTACHED)
+        if self.routes is not None:
+            self.routes.stop()
+
+    def _attach(self, program: bpf.Program, device: str) -> str:
+        """Attach it to a device; return in which mode. Raises XdpError."""
+        try:
+            index = socket.if_nametoindex(device)
+        except OSError:
+            raise XdpError(f"{device}: there is no such device") from None
+        if not _is_ethernet(device):
+            raise XdpError(f"{device}: it is no Ethernet device")
+        modes = [bpf.NATIVE, bpf.GENERIC] if self._mode == "generic" else [bpf.NATIVE]
+        key = struct.pack("=I", index)
+        program.maps["devices"].update(key, key)
+        for mode in modes:
+            try:
+                self._links.append(program.attach(index, mode))
+            except OSError as error:
+                failure = error
+            else:
+                return "native" if mode == bpf.NATIVE else "generic"
+        program.maps["devices"].delete(key)  # nothing may leave where the driver does not know it
+        raise XdpError(_explained(f"{device}: it cannot be attached", failure, _ATTACH_HELP))
+
+
+def usual_devices(hosts: Iterable[str]) -> list[str]:
+    """Return the Ethernet devices at which the program is put if the operator names none.
+
+    Those are the ones that have one of *hosts*, wildcards aside, and those of the default routes;
+    on a host without a default route all that have an address.
+    """
+    wanted = {pack(host) for host in hosts if host not in WILDCARDS}
+    owners = {packed: _device(index) for index, _, packed in dump_addresses()}
+    found = set(_devices_of_default_routes()) or set(owners.values())
+    found |= {device for packed, device in owners.items() if packed in wanted}
+    return sorted(device for device in found if device and _is_ethernet(device))
+
+
+def load() -> bpf.Program:
+    """Load the program that is installed with this package. Raises XdpError."""
+    if sys.byteorder != "little":
+        raise XdpError("the program is for little-endian machines only")
+    path = Path(str(resources.files("relay.xdp") / OBJECT))
+    try:
+        return bpf.Program(bpf.read_object(path), _NAME)
+    except bpf.ObjectError as error:
+        raise XdpError(f"the program is damaged: {error}") from error
+    except OSError as error:
+        raise XdpError(_explained("the program cannot be loaded", error, _LOAD_HELP)) from error
+
+
+def _explained(problem: str, error: OSError, helps: Mapping[int, str]) -> str:
+    advice = helps.get(error.errno or 0)
+    return f"{problem}: {error.strerror}" + (f" ({advice})" if advice else "")
+
+
+def _forward_from_loopback(family: Family) -> None:
+    """Let the program ask for routes. Raises XdpError."""
+    name = _FORWARDING[family]
+    path = Path("/proc/sys", name)
+    with suppress(OSError):
+        path.write_text("1")
+    try:
+        is_on = path.read_text().strip() == "1"
+    except OSError as error:
+        raise XdpError(f"/proc/sys/{name} cannot be read: {error.strerror}") from error
+    if not is_on:
+        setting = name.replace("/", ".")
+        raise XdpError(
+            f"{setting} is off and cannot be written: set it by sysctl -w {setting}=1, or by a "
+            "file in /etc/sysctl.d, as contrib/systemd/firezone-relay.sysctl.conf does"
+        )
+
+
+# --- Devices --------------------------------------------------------------------------------
+
+_SIOCGIFHWADDR: Final = 0x8927  # <linux/sockios.h>
+_IFREQ: Final = struct.Struct("16sH22x")  # name and address family of <linux/if.h>
+_ARPHRD_ETHER: Final = 1  # <linux/if_arp.h>
+_RTF_REJECT: Final = 0x200  # <linux/route.h>
+
+
+def _is_ethernet(device: str) -> bool:
+    """Tell if frames of a device begin with an Ethernet header. lo says that its do not."""
+    request = _IFREQ.pack(device.encode(), 0)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            answer = fcntl.ioctl(sock, _SIOCGIFHWADDR, request)
+    except OSError:
+        return False
+    kind: int = _IFREQ.unpack(answer)[1]
+    return kind == _ARPHRD_ETHER
+
+
+def _device(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:  # it has just gone
+        return ""
+
+
+def _devices_of_default_routes() -> Iterator[str]:
+    """Yield the devices of the default routes that lead somewhere. See proc_net(5), route(8)."""
+    with suppress(OSError):
+        for line in Path("/proc/thread-self/net/route").read_text().splitlines()[1:]:
+            device, destination, _, flags, _, _, _, mask, *_ = line.split()
+            if int(destination, 16) == int(mask, 16) == 0 and not int(flags, 16) & _RTF_REJECT:
+                yield device
+    with suppress(OSError):
+        for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines():
+            destination, length, *_, flags, device = line.split()
+            if int(destination, 16) == int(length, 16) == 0 and not int(flags, 16) & _RTF_REJECT:
+                yield device

@@ -1,0 +1,196 @@
+"""Channels as the program in the kernel knows them: two routes for each, one in each direction.
+
+The layouts are those of ``struct flow`` and ``struct route`` in turn.bpf.c.
+"""
+
+import errno
+import logging
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Final, Protocol
+
+from relay.net.addresses import WILDCARDS, pack, source_address
+from relay.stun.address import Address, family_of
+from relay.stun.const import Family
+from relay.turn.commands import (
+    BindChannel,
+    ClientAddress,
+    InstallPermissions,
+    PeerAddress,
+    UnbindChannel,
+)
+
+logger = logging.getLogger("relay.xdp")
+
+INSIDE: Final = 1  # the peer may be another allocation of this relay
+UNMARKED: Final = 2  # relay without DSCP and ECN
+
+_FLOW: Final = struct.Struct("!16s16sHHHBB")
+_TARGET: Final = struct.Struct("!16s16sHHHBBII32x")  # behind the flow; ends with room for the hop
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # of IPv4, in front
+_FROM_PEER: Final = 0  # in the place of a channel number
+_IDS: Final = 1 << 32
+
+KNOWN_FAILURES: Final = ("map_full", "no_memory", "no_source_address", "not_permitted", "other")
+"""Why a channel is not in the kernel, as it is counted."""
+_REASONS: Final = {
+    errno.E2BIG: "map_full",
+    errno.ENOMEM: "no_memory",
+    errno.EPERM: "not_permitted",
+}
+
+
+LostControl = Callable[[str], None]
+"""Is told why an entry stays that must not: the program has to end."""
+
+
+class RouteMap(Protocol):
+    """The map that the program reads."""
+
+    def update(self, key: bytes, value: bytes, /) -> None:
+        """Set an entry. Raises OSError."""
+
+    def delete(self, key: bytes, /) -> None:
+        """Delete an entry. Raises OSError."""
+
+
+class KernelRoutes:
+    """Has the program relay each channel that is bound; a watcher of the routes.
+
+    What it wrote for a channel it remembers, and that it deletes: by then addresses may be others.
+    A channel that it cannot write is relayed by the sockets, like what the program hands up.
+    """
+
+    def __init__(
+        self,
+        routes: RouteMap,
+        *,
+        client_side: Callable[[ClientAddress], Address],
+        port_host: Callable[[int, Family], str],
+        public_hosts: Mapping[Family, str],
+        relay_ports: range,
+        copies_tos: bool,
+        on_lost_control: LostControl,
+    ) -> None:
+        """Write to *routes*.
+
+        ``client_side(client)`` returns the address of ours that a client writes to, and
+        ``port_host(port, family)`` the one that a relay port is bound to; it may be a wildcard.
+        *public_hosts* and *relay_ports* tell what may be another allocation of this relay.
+        """
+        self._routes = routes
+        self._client_side = client_side
+        self._port_host = port_host
+        self._public_hosts = public_hosts
+        self._relay_ports = relay_ports
+        self._flags = 0 if copies_tos else UNMARKED
+        self._on_lost_control = on_lost_control
+        self._written: dict[tuple[ClientAddress, int], tuple[bytes, bytes]] = {}
+        self._ids = count()
+        self._is_stopped = False
+        self.failures: Counter[str] = Counter(dict.fromkeys(KNOWN_FAILURES, 0))
+
+    def __len__(self) -> int:
+        """How many there are in the kernel."""
+        return 2 * len(self._written)
+
+    def bound(self, bind: BindChannel) -> None:
+        """Have the kernel relay a channel from here on, both ways."""
+        if self._is_stopped:
+            return
+        address = bind.client[0]
+        if len(address) > 2 and address[3]:
+            return  # link-local: its address is somebody else's at another device
+        try:
+            client_side = self._client_side(bind.client)
+            relayed = self._source(bind.port, bind.peer)
+        except OSError as error:
+            self._failed("no_source_address", error)
+            return
+        client = (address[0], address[1])
+        to_peer = _flow(client, client_side, bind.number)
+        to_client = _flow(bind.peer, relayed, _FROM_PEER)
+        if self._may_be_inside(bind.peer):
+            # Where it would arrive: relay ports of one family are bound alike.
+            inside = (relayed[0], bind.peer[1])
+            seen_from = (self._public_hosts[family_of(bind.peer[0])], bind.port)
+            target = self._target(inside, seen_from, _FROM_PEER, INSIDE)
+        else:
+            target = self._target(bind.peer, relayed, _FROM_PEER)
+        try:
+            self._routes.update(
+                to_client, to_client + self._target(client, client_side, bind.number)
+            )
+            try:
+                self._routes.update(to_peer, to_peer + target)
+            except OSError:
+                self._delete(to_client)
+                raise
+        except OSError as error:
+            self._failed(_REASONS.get(error.errno or 0, "other"), error)
+        else:
+            self._written[bind.client, bind.number] = (to_peer, to_client)
+
+    def unbinding(self, unbind: UnbindChannel) -> None:
+        """Have the kernel relay a channel no more."""
+        for key in self._written.pop((unbind.client, unbind.number), ()):
+            self._delete(key)
+
+    def stop(self) -> None:
+        """Write nothing more: the program is at no device any more."""
+        self._is_stopped = True
+        self._written.clear()
+
+    def permitted(self, install: InstallPermissions) -> None:
+        """Leave indications to the sockets."""
+
+    def _source(self, port: int, peer: PeerAddress) -> Address:
+        """Return the address from which a relay port sends to a peer. Raises OSError."""
+        host = self._port_host(port, family_of(peer[0]))
+        return (source_address(peer[0]) if host in WILDCARDS else host, port)
+
+    def _may_be_inside(self, peer: PeerAddress) -> bool:
+        host, port = peer
+        return host == self._public_hosts.get(family_of(host)) and port in self._relay_ports
+
+    def _target(self, to: Address, source: Address, channel: int, flags: int = 0) -> bytes:
+        return _TARGET.pack(
+            *(_mapped(to[0]), _mapped(source[0]), to[1], source[1], channel),
+            *(_number(to[0]), flags | self._flags, next(self._ids) % _IDS, 0),
+        )
+
+    def _delete(self, key: bytes) -> None:
+        try:
+            self._routes.delete(key)
+        except OSError as error:
+            self.failures["other"] += 1
+            self._on_lost_control(f"a route cannot be deleted: {error.strerror}")
+
+    def _failed(self, reason: str, error: OSError) -> None:
+        if not self.failures[reason]:
+            logger.warning(
+                "a channel is relayed by the sockets, for the kernel does not take it: %s (%s); "
+                "more such are only counted",
+                error.strerror,
+                reason,
+            )
+        self.failures[reason] += 1
+
+
+def _flow(remote: Address, local: Address, channel: int) -> bytes:
+    return _FLOW.pack(
+        *(_mapped(remote[0]), _mapped(local[0]), remote[1], local[1], channel),
+        *(_number(remote[0]), 0),
+    )
+
+
+def _mapped(host: str) -> bytes:
+    packed = pack(host)
+    return packed if len(packed) == 16 else _MAPPED + packed
+
+
+def _number(host: str) -> int:
+    """Return the version of IP."""
+    return 6 if ":" in host else 4

@@ -1,0 +1,170 @@
+"""The program of relay/xdp on frames that a test makes: in the kernel, but at no device.
+
+BPF_PROG_TEST_RUN runs it, in a network namespace in which the kernel knows the way to everyone.
+"""
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from bench.loadlib.netns import inside
+from relay.stun.address import Address
+from relay.stun.const import Family
+from relay.turn.commands import BindChannel, ClientAddress, PeerAddress, UnbindChannel
+from relay.xdp import bpf
+from relay.xdp.attach import OBJECT
+from relay.xdp.routes import KernelRoutes
+from tests.frames import Datagram
+from tests.netns import ip
+
+FOLDER: Final = Path(bpf.__file__).parent
+RELAY_PORTS: Final = range(49152, 65536)
+LISTEN_PORT: Final = 3478
+NETWORKS: Final = {  # device of the relay's host, with its addresses
+    "towards0": ("192.0.2.1/24", "2001:db8:1::1/64"),
+    "towards1": ("198.51.100.1/24", "2001:db8:2::1/64"),
+}
+LISTENING: Final = {Family.IPV4: "192.0.2.1", Family.IPV6: "2001:db8:1::1"}
+RELAYED: Final = {Family.IPV4: "198.51.100.1", Family.IPV6: "2001:db8:2::1"}
+CLIENTS: Final = {
+    Family.IPV4: ("192.0.2.10", 5000),
+    Family.IPV6: ("2001:db8:1::10", 5000),
+}
+PEERS: Final = {
+    Family.IPV4: ("198.51.100.7", 9000),
+    Family.IPV6: ("2001:db8:2::7", 9000),
+}
+MAC_OF_CLIENTS, MAC_OF_PEERS = "02:00:00:00:00:0c", "02:00:00:00:00:0e"
+NEIGHBOURS: Final = (
+    (MAC_OF_CLIENTS, "towards0", ("192.0.2.10", "192.0.2.11", "2001:db8:1::10", "2001:db8:1::11")),
+    (MAC_OF_PEERS, "towards1", ("198.51.100.7", "198.51.100.8", "2001:db8:2::7")),
+)
+NOBODY: Final = "198.51.100.99"  # whose address on the link nobody knows
+MTU: Final = 1500
+VERDICTS: Final = ("aborted", "drop", "pass", "tx", "redirect")
+
+
+def family(host: str) -> Family:
+    return Family.IPV6 if ":" in host else Family.IPV4
+
+
+@contextmanager
+def network() -> Iterator[str]:
+    """Make the namespace: two devices, and next hops for everybody whom the tests know."""
+    name = f"xdp-{os.getpid()}"
+    ip("netns", "add", name)
+    try:
+        for device, addresses in NETWORKS.items():
+            far = f"far-{device}"
+            ip("-n", name, "link", "add", device, "type", "veth", "peer", "name", far)
+            for address in addresses:
+                flags = ("nodad",) if ":" in address else ()
+                ip("-n", name, "address", "add", address, "dev", device, *flags)
+            ip("-n", name, "link", "set", far, "up")
+            ip("-n", name, "link", "set", device, "up")
+        ip("-n", name, "link", "set", "lo", "up")
+        for mac, device, hosts in NEIGHBOURS:
+            for host in hosts:
+                neighbour = ("lladdr", mac, "dev", device, "nud", "permanent")
+                ip("-n", name, "neighbour", "replace", host, *neighbour)
+        with inside(name):
+            for setting in ("ipv4", "ipv6"):
+                Path(f"/proc/sys/net/{setting}/conf/lo/forwarding").write_text("1")
+            yield name
+    finally:
+        ip("netns", "delete", name)
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """Who is bound to whom."""
+
+    client: Address
+    number: int
+    port: int
+    peer: Address
+
+    @property
+    def listening(self) -> Address:
+        return (LISTENING[family(self.client[0])], LISTEN_PORT)
+
+    @property
+    def relayed(self) -> Address:
+        return (RELAYED[family(self.peer[0])], self.port)
+
+
+class Bed:
+    """A program, and the routes that it is given as in the relay."""
+
+    def __init__(self, path: Path = FOLDER / OBJECT, *, copies_tos: bool = True) -> None:
+        self.program = bpf.Program(bpf.read_object(path), "turn", explain=True)
+        self.indexes: dict[str, int] = {}
+        for device in NETWORKS:
+            self.allow(device)
+        self.lost_control: list[str] = []
+        self.routes = KernelRoutes(
+            self.program.maps["routes"],
+            client_side=lambda client: (LISTENING[family(client[0][0])], LISTEN_PORT),
+            port_host=lambda _, of: RELAYED[of],
+            public_hosts=RELAYED,
+            relay_ports=RELAY_PORTS,
+            copies_tos=copies_tos,
+            on_lost_control=self.lost_control.append,
+        )
+
+    def allow(self, device: str) -> None:
+        key = struct.pack("=I", socket.if_nametoindex(device))
+        self.program.maps["devices"].update(key, key)
+
+    def bind(self, channel: Channel) -> Channel:
+        client = ClientAddress((channel.client, b""))
+        peer = PeerAddress(channel.peer)
+        self.routes.bound(BindChannel(client, channel.number, channel.port, peer, True))
+        return channel
+
+    def unbind(self, channel: Channel) -> None:
+        client = ClientAddress((channel.client, b""))
+        peer = PeerAddress(channel.peer)
+        self.routes.unbinding(UnbindChannel(client, channel.number, channel.port, peer))
+
+    def relays(self, frame: bytes) -> Datagram:
+        """Run it on a frame that it has to relay; return what leaves."""
+        verdict, left, _ = self.program.run(frame)
+        assert VERDICTS[verdict] in {"tx", "redirect"}
+        return Datagram.of(left)
+
+    def passes(self, frame: bytes) -> None:
+        """Run it on a frame that it has to hand up as it is."""
+        verdict, left, _ = self.program.run(frame)
+        assert VERDICTS[verdict] == "pass"
+        assert left == frame
+
+    def counts(self) -> list[tuple[int, int]]:
+        """Datagrams and bytes, to peers by class, then to clients."""
+        layout = struct.Struct("=QQ")
+        totals = []
+        for each in self.program.maps["relayed"].lookup_all():
+            pairs = [layout.unpack(value) for value in each]
+            totals.append((sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)))
+        return totals
+
+    def close(self) -> None:
+        self.program.close()
+
+
+def needs_bpf() -> None:
+    """Skip the test if this kernel loads no program for us."""
+    if os.geteuid() != 0:
+        pytest.skip("loading an XDP program takes root")
+    try:
+        program = bpf.Program(bpf.read_object(FOLDER / OBJECT), "turn")
+    except OSError as error:
+        pytest.skip(f"loading an XDP program is not possible here: {error.strerror}")
+    program.close()
