@@ -1,6 +1,7 @@
 """Writes the manual page and the completions, from the parser and the templates next to them.
 
-Type ``python -m contrib.generate`` after any change to the options, the metrics or a template.
+Type ``python -m contrib.generate`` after any change to the options, the metrics or a template, or
+to the program in relay/xdp, which it compiles; that takes clang.
 In a template ``@name@`` stands for what is known under that name here.
 """
 
@@ -15,6 +16,7 @@ from typing import Final
 
 from prometheus_client.metrics_core import Metric
 
+from contrib import program
 from relay.assembly import MAX_CHANNELS
 from relay.config.options import DEFAULT_FILE, OPTIONS, Option
 from relay.config.parsing import MOST_SECRETS
@@ -44,6 +46,8 @@ def main() -> int:
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
             sys.stdout.write(f"{path}\n")
+    for path in program.update():
+        sys.stdout.write(f"{path}\n")
     return 0
 
 

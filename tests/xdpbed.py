@@ -3,28 +3,29 @@
 BPF_PROG_TEST_RUN runs it, in a network namespace in which the kernel knows the way to everyone.
 """
 
+import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import pytest
 
 from bench.loadlib.netns import inside
+from contrib.program import COMPILERS, OBJECT, compile_program
 from relay.stun.address import Address
 from relay.stun.const import Family
 from relay.turn.commands import BindChannel, ClientAddress, PeerAddress, UnbindChannel
 from relay.xdp import bpf
-from relay.xdp.attach import OBJECT
 from relay.xdp.routes import KernelRoutes
-from tests.frames import Datagram
+from tests.frames import Datagram, checksum
+from tests.interop.needs import needs_programs
 from tests.netns import ip
 
-FOLDER: Final = Path(bpf.__file__).parent
 RELAY_PORTS: Final = range(49152, 65536)
 LISTEN_PORT: Final = 3478
 NETWORKS: Final = {  # device of the relay's host, with its addresses
@@ -70,16 +71,20 @@ def network() -> Iterator[str]:
             ip("-n", name, "link", "set", far, "up")
             ip("-n", name, "link", "set", device, "up")
         ip("-n", name, "link", "set", "lo", "up")
-        for mac, device, hosts in NEIGHBOURS:
-            for host in hosts:
-                neighbour = ("lladdr", mac, "dev", device, "nud", "permanent")
-                ip("-n", name, "neighbour", "replace", host, *neighbour)
+        _know_neighbours(name)
         with inside(name):
             for setting in ("ipv4", "ipv6"):
                 Path(f"/proc/sys/net/{setting}/conf/lo/forwarding").write_text("1")
             yield name
     finally:
         ip("netns", "delete", name)
+
+
+def _know_neighbours(namespace: str) -> None:
+    for mac, device, hosts in NEIGHBOURS:
+        for host in hosts:
+            neighbour = ("lladdr", mac, "dev", device, "nud", "permanent")
+            ip("-n", namespace, "neighbour", "replace", host, *neighbour)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +108,17 @@ class Channel:
 class Bed:
     """A program, and the routes that it is given as in the relay."""
 
-    def __init__(self, path: Path = FOLDER / OBJECT, *, copies_tos: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path = OBJECT,
+        *,
+        devices: Iterable[str] = NETWORKS,
+        copies_tos: bool = True,
+    ) -> None:
         self.program = bpf.Program(bpf.read_object(path), "turn", explain=True)
-        self.indexes: dict[str, int] = {}
-        for device in NETWORKS:
-            self.allow(device)
+        for device in devices:
+            key = struct.pack("=I", socket.if_nametoindex(device))
+            self.program.maps["devices"].update(key, key)
         self.lost_control: list[str] = []
         self.routes = KernelRoutes(
             self.program.maps["routes"],
@@ -119,9 +130,12 @@ class Bed:
             on_lost_control=self.lost_control.append,
         )
 
-    def allow(self, device: str) -> None:
-        key = struct.pack("=I", socket.if_nametoindex(device))
-        self.program.maps["devices"].update(key, key)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.program.close()
+        assert self.lost_control == []
 
     def bind(self, channel: Channel) -> Channel:
         client = ClientAddress((channel.client, b""))
@@ -155,8 +169,46 @@ class Bed:
             totals.append((sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)))
         return totals
 
-    def close(self) -> None:
-        self.program.close()
+
+def assert_consistent(frame: bytes) -> None:
+    """Check the lengths in a frame with UDP, and the checksum of its IPv4 header."""
+    if frame[12:14] == b"\x08\0":
+        assert checksum(frame[14:34]) == 0
+        header, length = 34, int.from_bytes(frame[16:18]) - 20
+    else:
+        header, length = 54, int.from_bytes(frame[18:20])
+    assert int.from_bytes(frame[header + 4 : header + 6]) == length
+    assert 8 <= length <= len(frame) - header
+
+
+def mac_of(device: str) -> bytes:
+    """The address of a device in the present namespace."""
+    request = struct.pack("256s", device.encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        return fcntl.ioctl(sock, 0x8927, request)[18:24]  # SIOCGIFHWADDR
+
+
+@contextmanager
+def without_address(namespace: str, prefix: str, device: str, *, then: str) -> Iterator[None]:
+    """Take an address away, for another one in the same network."""
+    ip("-n", namespace, "address", "add", then, "dev", device)
+    ip("-n", namespace, "address", "delete", prefix, "dev", device)
+    ip("-n", namespace, "address", "replace", then, "dev", device)  # it may go with the first one
+    _know_neighbours(namespace)
+    try:
+        yield
+    finally:
+        ip("-n", namespace, "address", "delete", then, "dev", device)
+        ip("-n", namespace, "address", "add", prefix, "dev", device)
+        _know_neighbours(namespace)
+
+
+def compiled(compiler: str, folder: Path) -> Path:
+    """Compile the program, as contrib.generate does, or by GCC. Skips if that is not there."""
+    needs_programs(COMPILERS[compiler][0])
+    target = folder / OBJECT.name
+    compile_program(compiler, target)
+    return target
 
 
 def needs_bpf() -> None:
@@ -164,7 +216,7 @@ def needs_bpf() -> None:
     if os.geteuid() != 0:
         pytest.skip("loading an XDP program takes root")
     try:
-        program = bpf.Program(bpf.read_object(FOLDER / OBJECT), "turn")
+        program = bpf.Program(bpf.read_object(OBJECT), "turn")
     except OSError as error:
         pytest.skip(f"loading an XDP program is not possible here: {error.strerror}")
     program.close()

@@ -32,6 +32,7 @@ _firezone_relay() {
         --channel-range) words='rfc8656 rfc5766' ;;
         --offload) words='auto off' ;;
         --copy-tos) words='auto on off' ;;
+        --xdp) words='off auto require generic' ;;
         --print-credential | --no-print-credential | \
         --send-indications | --no-send-indications | \
         --one-allocation-per-username | --no-one-allocation-per-username | \
@@ -47,8 +48,8 @@ _firezone_relay() {
             --max-allocations --max-allocations-per-username --max-allocations-per-ip
             --max-channels-per-allocation --unauthenticated-rate
             --unauthenticated-rate-per-prefix --log-format --log-level --http-addr --harden
-            --user --drain-timeout --channel-range --offload --copy-tos --software --rng-seed -c
-            --config --check-config --print-config --version -h --help'
+            --user --drain-timeout --channel-range --offload --copy-tos --xdp --xdp-device
+            --software --rng-seed -c --config --check-config --print-config --version -h --help'
             ;;
     esac
     mapfile -t COMPREPLY < <(compgen -P "$before" -W "$words" -- "$word")
