@@ -204,7 +204,7 @@ class Pair:
 
     def has_no_more(self) -> None:
         """See that nothing has come twice, or was meant for somebody else."""
-        for sock in (self._client.socket, self._peer._socket):
+        for sock in (self._client.socket, self._peer.socket):
             assert select.select([sock], [], [], 0)[0] == []
 
 

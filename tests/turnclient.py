@@ -166,21 +166,21 @@ class Peer:
 
     def __init__(self, family: Family = Family.IPV4, port: int = 0, host: str = "") -> None:
         ipv6 = family is Family.IPV6
-        self._socket = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        self._socket.bind((host or ("::1" if ipv6 else "127.0.0.1"), port))
-        self._socket.settimeout(TIMEOUT)
-        self.address: tuple[str, int] = self._socket.getsockname()[:2]
+        self.socket = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self.socket.bind((host or ("::1" if ipv6 else "127.0.0.1"), port))
+        self.socket.settimeout(TIMEOUT)
+        self.address: tuple[str, int] = self.socket.getsockname()[:2]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
+        self.socket.close()
 
     def sends(self, payload: bytes, to: tuple[str, int]) -> None:
-        self._socket.sendto(payload, to)
+        self.socket.sendto(payload, to)
 
     def receives(self) -> tuple[bytes, tuple[str, int]]:
-        payload, source = self._socket.recvfrom(65536)
+        payload, source = self.socket.recvfrom(65536)
         return payload, source[:2]

@@ -5,17 +5,19 @@ network cards: by itself a veth has neither. The tests say where that is not so.
 """
 
 import os
+import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from bench.loadlib.farend import like_a_cable
 from bench.loadlib.netns import inside
 from relay.stun.const import Family
 from tests.netns import ip
-from tests.probes import scrape
 from tests.process import RelayProcess
 from tests.turnclient import Peer, TurnClient
 
@@ -65,21 +67,6 @@ class World:
         with inside(self.peers):
             return Peer(family, host=self.peer_hosts[family])
 
-    def counts(self) -> "Counts":
-        """What the relay has relayed so far, by who did it."""
-        with inside(self.relay):
-            metrics = scrape(HTTP)
-        return Counts(
-            **{
-                f"{direction}_by_{datapath}": int(
-                    metrics["relay_relayed_packets_total", name, datapath]
-                )
-                for direction, name in (("up", "client_to_peer"), ("down", "peer_to_client"))
-                for datapath in ("sockets", "xdp")
-            },
-            routes=int(metrics["relay_xdp_routes"]),
-        )
-
     def checksum_errors(self) -> int:
         """How many datagrams with a wrong checksum anybody has received."""
         total = 0
@@ -106,6 +93,17 @@ class Counts:
     up_by_xdp: int
     down_by_xdp: int
     routes: int
+
+    @classmethod
+    def of(cls, relay: RelayProcess) -> Self:
+        """Ask a relay for its summary."""
+        lines = relay.lines
+        relay.signals(signal.SIGUSR1)
+        summary = relay.logs("summary: ", after=lines)
+        up, down = re.findall(r"(?:client to peer|peer to client): (\d+) datagrams", summary)
+        up_by_xdp, down_by_xdp = re.findall(r"in the kernel: (\d+) datagrams", summary)
+        (routes,) = re.findall(r"(\d+) routes", summary)
+        return cls(*map(int, (up, down, up_by_xdp, down_by_xdp, routes)))
 
 
 @contextmanager
@@ -195,16 +193,20 @@ def on_one_link(*, cables: bool = True) -> Iterator[World]:
         )
 
 
-WORLDS: Final[dict[str, Callable[..., AbstractContextManager[World]]] = {
+WORLDS: Final[dict[str, Callable[..., AbstractContextManager[World]]]] = {
     "two interfaces": two_interfaces,
     "behind a router": behind_a_router,
     "on one link": on_one_link,
 }
 
 
+_numbers = count()
+
+
 def namespaces(stack: ExitStack, *names: str) -> list[str]:
     """Make namespaces, which go with *stack*, and all that is in them."""
-    made = [f"{name}-{os.getpid()}" for name in names]
+    number = next(_numbers)
+    made = [f"{name}{number}-{os.getpid()}" for name in names]
     for name in made:
         ip("netns", "add", name)
         stack.callback(ip, "netns", "delete", name)

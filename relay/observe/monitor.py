@@ -180,8 +180,8 @@ def _kernel_summary(in_kernel: InKernel) -> list[str]:
     devices = ", ".join(f"{device} ({mode})" for device, mode in in_kernel.devices.items())
     return [
         f"in the kernel at {devices or 'no device'}: {in_kernel.routes} routes",
-        f"client to peer: {_relayed(in_kernel.to_peer)}",
-        f"peer to client: {_relayed(in_kernel.to_client)}",
+        f"client to peer in the kernel: {_relayed(in_kernel.to_peer)}",
+        f"peer to client in the kernel: {_relayed(in_kernel.to_client)}",
         f"left to the sockets: {listed(in_kernel.failures)}",
     ]
 
