@@ -211,6 +211,9 @@ def namespaces(stack: ExitStack, *names: str) -> list[str]:
         ip("netns", "add", name)
         stack.callback(ip, "netns", "delete", name)
         ip("-n", name, "link", "set", "lo", "up")
+        with inside(name):  # addresses of IPv6 are usable at once, those for neighbours too
+            for of in ("all", "default"):
+                Path(f"/proc/sys/net/ipv6/conf/{of}/accept_dad").write_text("0")
     return made
 
 
