@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from tests.netns import ip
 RELAY_PORTS: Final = range(49152, 65536)
 LISTEN_PORT: Final = 3478
 NETWORKS: Final = {  # device of the relay's host, with its addresses
-    "towards0": ("192.0.2.1/24", "2001:db8:1::1/64"),
+    "towards0": ("192.0.2.1/24", "2001:db8:1::1/64", "2001:db8::1/128"),
     "towards1": ("198.51.100.1/24", "2001:db8:2::1/64"),
 }
 LISTENING: Final = {Family.IPV4: "192.0.2.1", Family.IPV6: "2001:db8:1::1"}
@@ -114,6 +114,8 @@ class Bed:
         *,
         devices: Iterable[str] = NETWORKS,
         copies_tos: bool = True,
+        listening: Mapping[Family, str] = LISTENING,
+        relayed: Mapping[Family, str] = RELAYED,
     ) -> None:
         self.program = bpf.Program(bpf.read_object(path), "turn", explain=True)
         for device in devices:
@@ -122,9 +124,9 @@ class Bed:
         self.lost_control: list[str] = []
         self.routes = KernelRoutes(
             self.program.maps["routes"],
-            client_side=lambda client: (LISTENING[family(client[0][0])], LISTEN_PORT),
-            port_host=lambda _, of: RELAYED[of],
-            public_hosts=RELAYED,
+            client_side=lambda client: (listening[family(client[0][0])], LISTEN_PORT),
+            port_host=lambda _, of: relayed[of],
+            public_hosts=relayed,
             relay_ports=RELAY_PORTS,
             copies_tos=copies_tos,
             on_lost_control=self.lost_control.append,
