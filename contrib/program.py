@@ -29,11 +29,11 @@ COMPILERS: Final = {
 }
 
 
-def compile_program(compiler: str, target: Path) -> None:
+def compile_program(compiler: str, target: Path, source: Path = SOURCE) -> None:
     """Compile it by one of :data:`COMPILERS`. Raises OSError, CalledProcessError."""
     # From its folder: its path would be in the object.
-    command = [*COMPILERS[compiler], "-c", SOURCE.name, "-o", str(target.absolute())]
-    subprocess.run(command, cwd=FOLDER, check=True, timeout=60)  # noqa: S603
+    command = [*COMPILERS[compiler], "-c", source.name, "-o", str(target.absolute())]
+    subprocess.run(command, cwd=source.parent, check=True, timeout=60)  # noqa: S603
 
 
 def clang_version() -> str:

@@ -1,8 +1,8 @@
 """A relay whose host gets and loses addresses while it runs: a network namespace and a veth."""
 
+import errno
 import json
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -15,6 +15,7 @@ from relay.stun.const import Family
 from tests.netns import inside, ip, prefixed
 from tests.probes import ask
 from tests.process import RelayProcess, free_port, free_tcp_port
+from tests.seccomp import SOCKET, refusing
 from tests.turnclient import TIMEOUT, TurnClient, TurnError
 
 pytestmark = pytest.mark.skipif(
@@ -152,35 +153,17 @@ def test_a_public_address_that_is_private_is_a_warning(host: Host) -> None:
 
 # --- Where AF_NETLINK is not allowed --------------------------------------------------------
 
-# Runs the relay as RestrictAddressFamilies= of systemd would, without AF_NETLINK.
-FILTERED = """
-import ctypes, struct
-libc = ctypes.CDLL(None, use_errno=True)
-LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
-ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | 97  # EAFNOSUPPORT
-program = b"".join(struct.pack("=HBBI", *step) for step in [
-    (LOAD, 0, 0, 0), (EQUAL, 0, 3, 41),  # socket() of x86-64
-    (LOAD, 0, 0, 16), (EQUAL, 0, 1, 16),  # AF_NETLINK
-    (RETURN, 0, 0, REFUSE), (RETURN, 0, 0, ALLOW),
-])
-class Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.c_char_p)]
-assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
-assert libc.prctl(22, 2, ctypes.byref(Program(6, program))) == 0  # PR_SET_SECCOMP
-import relay.cli
-raise SystemExit(relay.cli.main())
-"""
 
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="system calls have other numbers")
 def test_without_netlink_it_says_so_and_protects_its_host_all_the_same(
     host: Host, tmp_path: Path
 ) -> None:
+    """As with systemd's RestrictAddressFamilies=."""
     later, file = LATER[0], tmp_path / "relay.conf"
     file.touch()
     # Only root can read where pytest makes its files.
     arguments = f"--public-ip4-addr={later}", f"--config={file}", "--user=root"
-    relay = host.runs_relay(*arguments, program=FILTERED)
+    without_netlink = refusing(SOCKET, socket.AF_NETLINK, errno.EAFNOSUPPORT)
+    relay = host.runs_relay(*arguments, program=without_netlink)
     with relay, TurnClient((HOST, relay.port), relay.username, relay.password) as alice:
         assert "WARNING" in relay.logs("the kernel does not tell of this host's addresses")
         alice.allocates()

@@ -3,6 +3,7 @@
 BPF_PROG_TEST_RUN runs it, in a network namespace in which the kernel knows the way to everyone.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -21,7 +22,7 @@ from relay.stun.address import Address
 from relay.stun.const import Family
 from relay.turn.commands import BindChannel, ClientAddress, PeerAddress, UnbindChannel
 from relay.xdp import bpf
-from relay.xdp.routes import KernelRoutes
+from relay.xdp.routes import KernelRoutes, LostControl, RouteMap
 from tests.frames import Datagram, checksum
 from tests.interop.needs import needs_programs
 from tests.netns import ip
@@ -104,6 +105,49 @@ class Channel:
     def relayed(self) -> Address:
         return (RELAYED[family(self.peer[0])], self.port)
 
+    @property
+    def bound(self) -> BindChannel:
+        client = ClientAddress((self.client, b""))
+        peer = PeerAddress(self.peer)
+        return BindChannel(client, self.number, self.port, peer, reaches_outside=True)
+
+    @property
+    def unbinding(self) -> UnbindChannel:
+        client = ClientAddress((self.client, b""))
+        return UnbindChannel(client, self.number, self.port, PeerAddress(self.peer))
+
+
+def routes_to(
+    target: RouteMap,
+    listening: Mapping[Family, str] = LISTENING,
+    relayed: Mapping[Family, str] = RELAYED,
+    *,
+    copies_tos: bool = True,
+    on_lost_control: LostControl,
+) -> KernelRoutes:
+    """What writes to a map of routes, as in the relay."""
+    return KernelRoutes(
+        target,
+        client_side=lambda client: (listening[family(client[0][0])], LISTEN_PORT),
+        port_host=lambda _, of: relayed[of],
+        public_hosts=relayed,
+        relay_ports=RELAY_PORTS,
+        copies_tos=copies_tos,
+        on_lost_control=on_lost_control,
+    )
+
+
+class Entries(dict[bytes, bytes]):
+    """What is written to a map of routes."""
+
+    def update(self, key: bytes, value: bytes) -> None:  # type: ignore[override]
+        self[key] = value
+
+    def delete(self, key: bytes) -> None:
+        if key not in self:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        del self[key]
+
 
 class Bed:
     """A program, and the routes that it is given as in the relay."""
@@ -122,12 +166,10 @@ class Bed:
             key = struct.pack("=I", socket.if_nametoindex(device))
             self.program.maps["devices"].update(key, key)
         self.lost_control: list[str] = []
-        self.routes = KernelRoutes(
+        self.routes = routes_to(
             self.program.maps["routes"],
-            client_side=lambda client: (listening[family(client[0][0])], LISTEN_PORT),
-            port_host=lambda _, of: relayed[of],
-            public_hosts=relayed,
-            relay_ports=RELAY_PORTS,
+            listening,
+            relayed,
             copies_tos=copies_tos,
             on_lost_control=self.lost_control.append,
         )
@@ -140,15 +182,11 @@ class Bed:
         assert self.lost_control == []
 
     def bind(self, channel: Channel) -> Channel:
-        client = ClientAddress((channel.client, b""))
-        peer = PeerAddress(channel.peer)
-        self.routes.bound(BindChannel(client, channel.number, channel.port, peer, True))
+        self.routes.bound(channel.bound)
         return channel
 
     def unbind(self, channel: Channel) -> None:
-        client = ClientAddress((channel.client, b""))
-        peer = PeerAddress(channel.peer)
-        self.routes.unbinding(UnbindChannel(client, channel.number, channel.port, peer))
+        self.routes.unbinding(channel.unbinding)
 
     def relays(self, frame: bytes) -> Datagram:
         """Run it on a frame that it has to relay; return what leaves."""
@@ -207,10 +245,14 @@ def without_address(namespace: str, prefix: str, device: str, *, then: str) -> I
 
 def compiled(compiler: str, folder: Path) -> Path:
     """Compile the program, as contrib.generate does, or by GCC. Skips if that is not there."""
-    needs_programs(COMPILERS[compiler][0])
+    needs_compiler(compiler)
     target = folder / OBJECT.name
     compile_program(compiler, target)
     return target
+
+
+def needs_compiler(compiler: str) -> None:
+    needs_programs(COMPILERS[compiler][0])
 
 
 def needs_bpf() -> None:

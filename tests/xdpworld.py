@@ -40,7 +40,12 @@ class World:
     peer_hosts: Hosts
 
     def starts(
-        self, *arguments: str, xdp: str = "require", prefix: tuple[str, ...] = ()
+        self,
+        *arguments: str,
+        xdp: str = "require",
+        prefix: tuple[str, ...] = (),
+        program: str | None = None,
+        portal: bool = False,
     ) -> RelayProcess:
         """Return a relay there."""
         return RelayProcess(
@@ -56,6 +61,8 @@ class World:
             *arguments,
             port=PORT,
             prefix=("ip", "netns", "exec", self.relay, *prefix),
+            program=program,
+            portal=portal,
             loopback=False,
         )
 
