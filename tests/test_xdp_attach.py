@@ -29,7 +29,7 @@ EX_OSERR = 71
 def world() -> Iterator[World]:
     needs_bpf()
     needs_programs("ip")
-    with two_interfaces() as world:
+    with two_interfaces(cables=False) as world:
         yield world
 
 
@@ -62,9 +62,9 @@ def taken(stack: ExitStack, world: World) -> None:
 
 
 def with_large_frames(stack: ExitStack, world: World) -> None:
-    for device in world.devices:
-        ip("-n", world.relay, "link", "set", device, "mtu", "9000")
-        stack.callback(ip, "-n", world.relay, "link", "set", device, "mtu", "1500")
+    for name in (world.clients, world.peers):  # by which a veth goes
+        ip("-n", name, "link", "set", "eth0", "mtu", "9000")
+        stack.callback(ip, "-n", name, "link", "set", "eth0", "mtu", "1500")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,14 @@ class Hindrance:
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all")
 ALL_BUT_PERFMON = "-all,+bpf,+net_admin,+setpcap,+setuid,+setgid"
-READ_ONLY = ("unshare", "--mount", "sh", "-c", 'mount -o bind,ro /proc/sys /proc/sys && "$@"', "sh")
+READ_ONLY = (
+    "unshare",
+    "--mount",
+    "sh",
+    "-c",
+    'mount -o bind,ro /proc/sys /proc/sys && exec "$@"',
+    "sh",
+)
 PRIVILEGES = "(it takes CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON in the host's user namespace"
 LOADED, ATTACHED = "the program cannot be loaded: ", "towards0: it cannot be attached: "
 HINDRANCES = {
