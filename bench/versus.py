@@ -5,6 +5,10 @@ about twenty. It needs two CPUs that have nothing else to do: one is the servers
 the other the load client's. Three network namespaces stand for clients, relay and peers; they and
 the servers are gone afterwards, also when it is interrupted.
 
+With ``--xdp`` coturn, this relay by its sockets and this relay in the kernel are compared instead,
+on veths that behave like cables (bench/loadlib/cables.py): there what it costs to receive counts,
+too, for in the kernel there is nothing else. It takes about ten minutes.
+
 The machine is never equally fast for long, so each load alternates between the servers:
 A B, B A, … Each round gives a ratio; the result is the median with the smallest and the largest.
 It writes RESULTS.md, results.json with all that was measured, and results.svg.
@@ -27,15 +31,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TypeVar
 
+from bench.loadlib.cables import CabledNetwork
 from bench.loadlib.clients import Clients, LoadError
 from bench.loadlib.comparison import Comparison, Metric
 from bench.loadlib.netns import PEER_HOST, Network, inside
 from bench.loadlib.process import cpu_time, resident_memory
 from bench.loadlib.report import write
-from bench.loadlib.servers import SERVERS, Server, running
+from bench.loadlib.servers import IN_KERNEL, Server, running
 from bench.loadlib.tally import CALM, SLOWEST, Lossless, Result, search
 from bench.loadlib.traffic import Framing, Load, Session, open_peers
 
+COMPARED: Final = ("relay", "coturn", "coturn, defaults")
 DESCRIPTORS: Final = 65536  # for the servers too: each has a socket for each allocation
 FORGETS_AFTER: Final = 3.0  # seconds: by then coturn has forgotten the ports of earlier clients
 BURST: Final = 16  # datagrams
@@ -68,6 +74,8 @@ class Plan:
     held: Sequence[int] = (1000, 10_000)  # for memory per allocation
 
 
+XDP: Final = Plan(payloads=(160, 1200), clients=(1, 100))
+XDP_QUICK: Final = Plan(payloads=(1200,), clients=(10,), rounds=1, steady_rounds=5)
 QUICK: Final = Plan(
     payloads=(160,),
     payloads_by_indications=(160,),
@@ -82,22 +90,27 @@ QUICK: Final = Plan(
 def main(arguments: list[str] | None = None) -> int:
     """Measure everything, and write it to files; return the exit code."""
     options = _parser().parse_args(arguments)
+    here = Path(__file__).parent
+    folder_of_results = options.output or (here / "xdp" if options.xdp else here)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         _check_machine()
-        measured = Measured()
+        measured = Measured(notes=[XDP_NOTES if options.xdp else NOTES])
         began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder, Network() as network:
-            _measure(QUICK if options.quick else Plan(), network, Path(folder), measured)
+        with tempfile.TemporaryDirectory() as folder:
+            if options.xdp:
+                _measure_kernel(XDP_QUICK if options.quick else XDP, Path(folder), measured)
+            else:
+                _measure(QUICK if options.quick else Plan(), Path(folder), measured)
         minutes = (time.monotonic() - began) / 60
         measured.notes.append(f"{measured.calm} All of it took {minutes:.0f} minutes.")
-        write(options.output, measured.tables, measured.raw, measured.notes)
+        write(folder_of_results, measured.tables, measured.raw, measured.notes)
     except (LoadError, OSError) as error:
         print(f"bench.versus: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"written: {options.output / 'RESULTS.md'}, results.json, results.svg")
+    print(f"written: {folder_of_results / 'RESULTS.md'}, results.json, results.svg")
     return 0
 
 
@@ -111,6 +124,17 @@ here. Half of the datagrams go to peers, half to clients. The lossless rate is s
 per second, one by one, and at {STEADY_RATES[True]:,.0f} in bursts with GSO. An Allocate counts
 with the challenge before it. Memory is the process' own (VmRSS), without the kernel's, and with a
 channel for each allocation."""
+
+
+XDP_NOTES: Final = f"""\
+Channels only, on veths that behave like cables to network cards: frames arrive with whole checksums
+in a kernel thread per device (threaded NAPI), which is on the server's CPU. **What these threads
+take counts**, for all three servers alike: in the kernel there is nothing else, and with a veth it
+includes a copy of each frame that a network card would not make. The relay in the kernel has a
+network of its own, so that its program is in nobody else's way. No network card was measured. Rates
+are searched, and cost and latency measured, as for RESULTS.md one folder above, at
+{STEADY_RATES[False]:,.0f} single datagrams per second and at {STEADY_RATES[True]:,.0f} in bursts,
+which here leave in single frames: the sender has to segment them."""
 
 
 @dataclass(slots=True)
@@ -143,7 +167,7 @@ class Measured:
 
     tables: dict[str, list[Comparison]] = field(default_factory=dict)
     raw: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=lambda: [NOTES])
+    notes: list[str] = field(default_factory=list)
     calm: Calm = field(default_factory=Calm)
 
     def add(self, table: str, *comparisons: Comparison) -> None:
@@ -155,24 +179,45 @@ class Measured:
             print(f"  {comparison.metric.title:30} {cell}", file=sys.stderr)
 
 
-def _measure(plan: Plan, network: Network, folder: Path, measured: Measured) -> None:
+def _measure(plan: Plan, folder: Path, measured: Measured) -> None:
     """Run all of the plan. Raises LoadError."""
     load_cpu, server_cpu = _cpus()
     os.sched_setaffinity(0, {load_cpu})
-    with ExitStack() as stack:
+    with Network() as network, ExitStack() as stack:
         servers = [
-            stack.enter_context(running(name, network, server_cpu, folder)) for name in SERVERS
+            stack.enter_context(running(name, network, server_cpu, folder)) for name in COMPARED
         ]
         for gso, payload, clients in itertools.product((False, True), plan.payloads, plan.clients):
             compared = servers if payload in plan.payloads_of_defaults else servers[:2]
-            _compare_relaying(compared, network, Shape(payload, clients, gso), plan, measured)
+            _compare_relaying(compared, Shape(payload, clients, gso), plan, measured)
         for gso, payload, clients in itertools.product(
             (False, True), plan.payloads_by_indications, plan.clients_by_indications
         ):
             shape = Shape(payload, clients, gso, Framing.INDICATIONS)
-            _compare_relaying(servers[:2], network, shape, plan, measured)
-        _compare_allocating(servers, network, plan, measured)
-    _compare_memory(network, server_cpu, folder, plan, measured)
+            _compare_relaying(servers[:2], shape, plan, measured)
+        _compare_allocating(servers, plan, measured)
+        _compare_memory(network, server_cpu, folder, plan, measured)
+
+
+def _measure_kernel(plan: Plan, folder: Path, measured: Measured) -> None:
+    """Run the plan on cables: with the program in one network, and without in another."""
+    load_cpu, server_cpu = _cpus()
+    os.sched_setaffinity(0, {load_cpu})
+    with ExitStack() as stack:
+        by_sockets, in_kernel = (
+            stack.enter_context(CabledNetwork(name, relay_cpu=server_cpu, load_cpu=load_cpu))
+            for name in ("sockets", "kernel")
+        )
+        servers = [
+            stack.enter_context(running(name, network, server_cpu, folder))
+            for name, network in (
+                ("relay", by_sockets),
+                (IN_KERNEL, in_kernel),
+                ("coturn", by_sockets),
+            )
+        ]
+        for gso, payload, clients in itertools.product((False, True), plan.payloads, plan.clients):
+            _compare_relaying(servers, Shape(payload, clients, gso), plan, measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +254,14 @@ class Shape:
 
 
 def _compare_relaying(
-    servers: Sequence[Server], network: Network, shape: Shape, plan: Plan, measured: Measured
+    servers: Sequence[Server], shape: Shape, plan: Plan, measured: Measured
 ) -> None:
     """Put one shape of load on the servers, which alternate. Raises LoadError."""
     rates: dict[str, list[Lossless]] = {server.name: [] for server in servers}
     steady: dict[str, list[Result]] = {server.name: [] for server in servers}
     with ExitStack() as stack:
         sessions = {
-            server.name: _enter_session(stack, server, network, shape.clients, shape.framing)
+            server.name: _enter_session(stack, server, shape.clients, shape.framing)
             for server in servers
         }
         for name in alternating(list(sessions), plan.rounds):
@@ -239,10 +284,10 @@ def _compare_relaying(
             measured.notes.append(
                 f"At the fixed rate {name} lost up to {lost:.1%} ({shape.table}, {shape})."
             )
-    for rival in _rivals(sessions):
-        compare = partial(_compare, shape, rival)
+    for ours, rival in itertools.product(_ours(sessions), _rivals(sessions)):
+        compare = partial(_compare, shape, ours, rival)
         measured.add(
-            _title(rival, shape.table),
+            _title(ours, rival, shape.table),
             compare(Metric.RATE, rates, lambda rate: max(rate.rate, SLOWEST)),
             compare(Metric.COST, steady, lambda result: result.server_cost or 0.0),
             compare(Metric.P50, steady, lambda result: _percentile(result, "p50")),
@@ -250,13 +295,18 @@ def _compare_relaying(
         )
 
 
+def _ours(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith("relay")]
+
+
 def _rivals(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name != "relay"]
+    return [name for name in names if not name.startswith("relay")]
 
 
-def _title(rival: str, table: str) -> str:
-    """Return the title of a table, with the rival if that is not the usual one."""
-    return table if rival == "coturn" else f"{table}, compared with {rival}"
+def _title(ours: str, rival: str, table: str) -> str:
+    """Return the title of a table, with the servers that are not the usual ones."""
+    title = table if ours == "relay" else f"In the kernel: {table[0].lower()}{table[1:]}"
+    return title if rival == "coturn" else f"{title}, compared with {rival}"
 
 
 T = TypeVar("T", Lossless, Result)
@@ -264,13 +314,14 @@ T = TypeVar("T", Lossless, Result)
 
 def _compare(
     shape: Shape,
+    ours_name: str,
     rival: str,
     metric: Metric,
     found: Mapping[str, Sequence[T]],
     number: Callable[[T], float],
 ) -> Comparison:
-    """Return a comparison of that *number* of what the relay's and a rival's rounds have found."""
-    ours: Sequence[T] = found["relay"]
+    """Return a comparison of that *number* of what a relay's and a rival's rounds have found."""
+    ours: Sequence[T] = found[ours_name]
     theirs: Sequence[T] = found[rival]
     return Comparison(
         str(shape),
@@ -297,9 +348,7 @@ def _search(session: Session, load: Load, before: Sequence[Lossless], calm: Calm
     )
 
 
-def _compare_allocating(
-    servers: Sequence[Server], network: Network, plan: Plan, measured: Measured
-) -> None:
+def _compare_allocating(servers: Sequence[Server], plan: Plan, measured: Measured) -> None:
     """Allocate for many clients at once, on servers that alternate. Raises LoadError."""
     rates: dict[str, list[float]] = {server.name: [] for server in servers}
     costs: dict[str, list[float]] = {server.name: [] for server in servers}
@@ -307,7 +356,7 @@ def _compare_allocating(
     for name in alternating(list(by_name), plan.steady_rounds):
         server = by_name[name]
         time.sleep(FORGETS_AFTER)
-        with inside(network.clients):
+        with inside(server.network.clients):
             clients = Clients(server.address, server.credentials, plan.allocations)
         with clients:
             before = cpu_time(server.pid)
@@ -319,7 +368,7 @@ def _compare_allocating(
     measured.raw.append({"allocations": plan.allocations, "rates": rates, "costs": costs})
     for rival in _rivals(by_name):
         measured.add(
-            _title(rival, ALLOCATIONS),
+            _title("relay", rival, ALLOCATIONS),
             Comparison(case, Metric.ALLOCATES, rates["relay"], rates[rival]),
             Comparison(case, Metric.ALLOCATE_COST, costs["relay"], costs[rival]),
         )
@@ -334,10 +383,10 @@ def _compare_memory(
         numbers = per_allocation[name] = {}
         with ExitStack() as stack:
             server = stack.enter_context(running(name, network, cpu, folder))
-            _enter_session(stack, server, network, 1)  # whatever the first one takes
+            _enter_session(stack, server, 1)  # whatever the first one takes
             empty, held = resident_memory(server.pid), 0
             for count in plan.held:
-                _enter_session(stack, server, network, count - held)
+                _enter_session(stack, server, count - held)
                 held = count
                 numbers[count] = (resident_memory(server.pid) - empty) / count
     measured.raw.append({"memory": per_allocation})
@@ -352,22 +401,22 @@ def _compare_memory(
 def _enter_session(
     stack: ExitStack,
     server: Server,
-    network: Network,
     clients: int,
     framing: Framing = Framing.CHANNELS,
 ) -> Session:
     """Return a session with one channel per client, which *stack* ends. Raises LoadError."""
-    with inside(network.peers):
+    with inside(server.network.peers):
         peers = open_peers(PEER_HOST, 1)
     for peer in peers:
         stack.enter_context(peer)
-    with inside(network.clients):
+    with inside(server.network.clients):
         session = Session(
             server.address,
             server.credentials,
             clients=clients,
             peers=peers,
             pid=server.pid,
+            threads=server.network.threads,
             patience=PATIENCE,
             framing=framing,
         )
@@ -416,12 +465,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare this relay with coturn, in network namespaces. Takes root.",
     )
     parser.add_argument("--quick", action="store_true", help="a few loads only: about two minutes")
+    parser.add_argument("--xdp", action="store_true", help="compare what the kernel relays")
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path(__file__).parent,
         metavar="FOLDER",
-        help="where to write RESULTS.md, results.json and results.svg; default: here, in bench",
+        help="where to write RESULTS.md, results.json and results.svg; default: bench or bench/xdp",
     )
     return parser
 

@@ -74,6 +74,8 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     "channel-range": (("rfc5766", RFC5766_NUMBERS), ("rfc8656", RFC8656_NUMBERS)),
     "offload": (("off", False), ("auto", True)),
     "copy-tos": (("off", "off"), ("on", "on")),
+    "xdp": (("auto", "auto"), ("off", None)),
+    "xdp-device": (("eth0", ("eth0",)), ("ens5,wan:0", ("ens5", "wan:0"))),
     "log-format": (("json", "json"), ("human", "human")),
     "log-level": (
         ("debug", {"": 10}),
@@ -126,6 +128,8 @@ BAD: Final = {
     "channel-range": "rfc3489",
     "offload": "always",
     "copy-tos": "0x28",
+    "xdp": "native",
+    "xdp-device": "a/b",
     "log-format": "xml",
     "log-level": "loud",
     "http-addr": "::1:8080",

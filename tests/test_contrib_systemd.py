@@ -14,11 +14,13 @@ from relay.config.options import DEFAULT_FILE, OPTIONS
 from relay.config.reading import read
 from relay.host.inherited import ACTIVATED
 from relay.net.listening import LISTEN_BUFFER
+from relay.xdp.attach import FORWARDING, PRIVILEGES
 
 ROOT = Path(__file__).parent.parent
 SYSTEMD = ROOT / "contrib/systemd"
 SERVICE = SYSTEMD / "firezone-relay.service"
 SOCKET = SYSTEMD / "firezone-relay.socket"
+XDP = SYSTEMD / "xdp.conf"
 SYSCTL = SYSTEMD / "firezone-relay.sysctl.conf"
 SAMPLE = SYSTEMD / "relay.conf"
 ENVIRONMENT = SYSTEMD / "firezone-relay.env"
@@ -48,6 +50,32 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     ).splitlines()
     # It reads the units that ours depend on, too, and may not like those of this machine.
     assert [line for line in complaints if "firezone-relay" in line] == []
+
+
+@needs_systemd
+def test_systemd_finds_nothing_wrong_with_the_drop_in(tmp_path: Path) -> None:
+    text = SERVICE.read_text().replace("/opt/firezone-relay/bin/firezone-relay", "/bin/true")
+    (tmp_path / SERVICE.name).write_text(text)
+    folder = tmp_path / f"{SERVICE.name}.d"
+    folder.mkdir()
+    shutil.copy(XDP, folder)
+    complaints = output_of("systemd-analyze", "verify", str(tmp_path / SERVICE.name)).splitlines()
+    assert [line for line in complaints if "firezone-relay" in line] == []
+
+
+def test_drop_in_gives_what_the_log_asks_for() -> None:
+    drop_in = settings(XDP)
+    capabilities = drop_in["AmbientCapabilities"][0].split()
+    assert drop_in["CapabilityBoundingSet"][0].split() == capabilities
+    assert PRIVILEGES.startswith(f"it takes {', '.join(capabilities[:-1])} and {capabilities[-1]}")
+    assert "contrib/systemd/xdp.conf" in PRIVILEGES
+    (variable,) = drop_in["Environment"]
+    assert read([], dict([variable.split("=", 1)])).config.xdp == "auto"
+
+
+def test_sysctls_let_the_program_look_up_routes() -> None:
+    names = {line.split(" = ")[0] for line in SYSCTL.read_text().splitlines()}
+    assert {name.replace("/", ".") for name in FORWARDING.values()} <= names
 
 
 @needs_systemd

@@ -145,10 +145,10 @@ def test_relayed_datagrams_and_bytes_are_exported_by_direction(relay: Relay) -> 
 
     found = relay.scrape()
 
-    assert found["relay_relayed_packets_total", "client_to_peer"] == 4
-    assert found["relay_relayed_bytes_total", "client_to_peer"] == 300
-    assert found["relay_relayed_packets_total", "peer_to_client"] == 2
-    assert found["relay_relayed_bytes_total", "peer_to_client"] == 2600
+    assert found["relay_relayed_packets_total", "client_to_peer,sockets"] == 4
+    assert found["relay_relayed_bytes_total", "client_to_peer,sockets"] == 300
+    assert found["relay_relayed_packets_total", "peer_to_client,sockets"] == 2
+    assert found["relay_relayed_bytes_total", "peer_to_client,sockets"] == 2600
 
 
 def test_sizes_of_both_directions_are_one_histogram(relay: Relay) -> None:
@@ -158,8 +158,8 @@ def test_sizes_of_both_directions_are_one_histogram(relay: Relay) -> None:
     found = relay.scrape()
 
     assert buckets(found, "relay_packet_size_bytes") == [4, 5, 5, 5, 5, 5, 6, 8]
-    assert found["relay_packet_size_bytes_count", ""] == 8
-    assert found["relay_packet_size_bytes_sum", ""] == 65507 + 1501 + 1500 + 65 + 3 * 64
+    assert found["relay_packet_size_bytes_count", "sockets"] == 8
+    assert found["relay_packet_size_bytes_sum", "sockets"] == 65507 + 1501 + 1500 + 65 + 3 * 64
 
 
 def test_batches_and_single_datagrams_are_one_histogram(relay: Relay) -> None:
@@ -212,11 +212,11 @@ def test_what_another_thread_counts_meanwhile_is_consistent(relay: Relay) -> Non
     for before, after in pairwise(scrapes):
         assert [key for key in before if after[key] < before[key]] == []
     for found in scrapes:
-        everything = found["relay_packet_size_bytes_bucket", "+Inf"]
-        assert found["relay_packet_size_bytes_bucket", "1500.0"] == everything
+        everything = found["relay_packet_size_bytes_bucket", "sockets,+Inf"]
+        assert found["relay_packet_size_bytes_bucket", "sockets,1500.0"] == everything
         assert everything == (
-            found["relay_relayed_packets_total", "client_to_peer"]
-            + found["relay_relayed_packets_total", "peer_to_client"]
+            found["relay_relayed_packets_total", "client_to_peer,sockets"]
+            + found["relay_relayed_packets_total", "peer_to_client,sockets"]
         )
 
 

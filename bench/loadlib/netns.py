@@ -31,11 +31,12 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 class Network:
     """The namespaces, for as long as this is entered. Takes root; raises LoadError."""
 
-    def __init__(self) -> None:
-        suffix = os.getpid()
-        self.clients = f"versus-{suffix}-clients"
-        self.relay = f"versus-{suffix}-relay"
-        self.peers = f"versus-{suffix}-peers"
+    def __init__(self, name: str = "versus") -> None:
+        """Take what the names of the namespaces begin with."""
+        self.clients = f"{name}-{os.getpid()}-clients"
+        self.relay = f"{name}-{os.getpid()}-relay"
+        self.peers = f"{name}-{os.getpid()}-peers"
+        self.threads: tuple[int, ...] = ()  # of the kernel, which receive for the relay's host
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -46,8 +47,12 @@ class Network:
             self._join(self.clients, "192.0.2.2/24", f"{RELAY_HOST}/24", "towards0")
             self._join(self.peers, f"{PEER_HOST}/24", "198.51.100.1/24", "towards1")
             ip("-n", self.peers, "route", "add", "default", "via", "198.51.100.1")
+            self.arrange(stack)
             self._stack = stack.pop_all()
         return self
+
+    def arrange(self, stack: ExitStack) -> None:
+        """Do what else there is to do, for as long as *stack* is open."""
 
     def __exit__(
         self,

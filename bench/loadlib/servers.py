@@ -33,6 +33,7 @@ class Server:
     address: Address
     credentials: Credentials
     pid: int
+    network: Network  # in which it is
 
 
 Command = tuple[list[str], Credentials]
@@ -56,6 +57,13 @@ def relay_command(port: int, folder: Path) -> Command:
     ]
     expiry = int(time.time()) + CREDENTIAL_LIFETIME
     return command, Credentials(*mint(expiry, "versus", secret))
+
+
+def xdp_command(port: int, folder: Path) -> Command:
+    """Return how to start this relay so that the kernel relays channels."""
+    command, credentials = relay_command(port, folder)
+    devices = (f"--xdp-device={device}" for device in ("towards0", "towards1"))
+    return [*command, "--xdp=require", *devices], credentials
 
 
 def coturn_command(port: int, folder: Path) -> Command:
@@ -94,12 +102,14 @@ UNLIMITED: Final = (
     "--max-channels-per-allocation=0",
 )
 
+IN_KERNEL: Final = "relay, in the kernel"
 SERVERS: Final[dict[str, Callable[[int, Path], Command]]] = {
     "relay": relay_command,
     "coturn": coturn_command,
     "coturn, defaults": default_coturn_command,
+    IN_KERNEL: xdp_command,
 }
-_PORTS: Final = {"relay": 3478, "coturn": 3479, "coturn, defaults": 3490}
+_PORTS: Final = {"relay": 3478, "coturn": 3479, "coturn, defaults": 3490, IN_KERNEL: 3478}
 # All run at the same time, at one address. Enough for the most allocations that are held.
 _RELAY_PORTS: Final = {3478: (10_000, 27_999), 3479: (28_000, 45_999), 3490: (46_000, 65_535)}
 
@@ -115,7 +125,7 @@ def running(
     """
     port, log = _PORTS[name], folder / f"{name}.log"
     command, credentials = SERVERS[name](port, folder)
-    if name == "relay" and not limited:
+    if name in {"relay", IN_KERNEL} and not limited:
         command += UNLIMITED
     within = ["ip", "netns", "exec", network.relay, "taskset", "-c", str(cpu)]
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT)}
@@ -131,7 +141,7 @@ def running(
     try:
         with inside(network.clients):
             _wait_for(RELAY_HOST, port, process, log)
-        yield Server(name, (RELAY_HOST, port), credentials, process.pid)
+        yield Server(name, (RELAY_HOST, port), credentials, process.pid, network)
     finally:
         process.kill()  # neither has anything to save
         process.wait()

@@ -127,11 +127,13 @@ class Session:
         clients: int,
         peers: Sequence[socket.socket],
         pid: int | None = None,
+        threads: Sequence[int] = (),
         patience: float = 0.5,
         framing: Framing = Framing.CHANNELS,
     ) -> None:
         """With *pid*, the server's process, results say what a datagram costs there.
 
+        What *threads* of the kernel do counts as done for it.
         After the last one was sent, what is still missing when nothing has come for
         *patience* seconds is lost.
         """
@@ -140,6 +142,7 @@ class Session:
         self._server = server
         self._peers = peers
         self._pid = pid
+        self._threads = threads
         self._patience = patience
         self._poll = select.epoll()
         self._inbox = Inbox()
@@ -199,7 +202,12 @@ class Session:
         return measurement.result(own, None if self._pid is None else server)
 
     def _server_cpu_time(self) -> CpuTime:
-        return CpuTime() if self._pid is None else cpu_time(self._pid)
+        if self._pid is None:
+            return CpuTime()
+        if not self._threads:
+            return cpu_time(self._pid)
+        # On one CPU they wait for each other, which is no disturbance.
+        return CpuTime(sum(map(cpu_time, self._threads), cpu_time(self._pid)).spent)
 
     def _flows(self, load: Load) -> "list[_Flow]":
         head = self._head(0, load)

@@ -31,23 +31,23 @@ _SIZE_CLASSES: Final = len(PACKET_SIZES) + 1
 _RELAYED: Final = struct.Struct("=QQ")  # struct relayed
 
 # What sends by the host's routes without making the host a router, by family.
-_FORWARDING: Final = {
+FORWARDING: Final = {
     Family.IPV4: "net/ipv4/conf/lo/forwarding",
     Family.IPV6: "net/ipv6/conf/lo/forwarding",
 }
 
-_PRIVILEGES: Final = (
+PRIVILEGES: Final = (
     "it takes CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON in the host's user namespace "
     "(contrib/systemd/xdp.conf gives them), and the system call bpf"
 )
 _LOAD_HELP: Final = {
-    errno.EPERM: _PRIVILEGES,
-    errno.EACCES: _PRIVILEGES,
+    errno.EPERM: PRIVILEGES,
+    errno.EACCES: PRIVILEGES,
     errno.ENOSYS: "this kernel, or this kind of machine, has no bpf(2)",
     errno.EINVAL: "it takes Linux 5.19",
 }
 _ATTACH_HELP: Final = {
-    errno.EPERM: _PRIVILEGES,
+    errno.EPERM: PRIVILEGES,
     errno.EOPNOTSUPP: "its driver has no place for a program; --xdp generic does without one",
     errno.EINVAL: "its driver refuses; often it has too few queues (ethtool -l and -L), or what "
     "does not go together with it is on (ethtool -k: large-receive-offload, rx-gro-hw)",
@@ -222,7 +222,7 @@ def _explained(problem: str, error: OSError, helps: Mapping[int, str]) -> str:
 
 def _forward_from_loopback(family: Family) -> None:
     """Let the program ask for routes. Raises XdpError."""
-    name = _FORWARDING[family]
+    name = FORWARDING[family]
     path = Path("/proc/sys", name)
     with suppress(OSError):
         path.write_text("1")
