@@ -127,14 +127,16 @@ channel for each allocation."""
 
 
 XDP_NOTES: Final = f"""\
-Channels only, on veths that behave like cables to network cards: frames arrive with whole checksums
-in a kernel thread per device (threaded NAPI), which is on the server's CPU. **What these threads
-take counts**, for all three servers alike: in the kernel there is nothing else, and with a veth it
-includes a copy of each frame that a network card would not make. The relay in the kernel has a
-network of its own, so that its program is in nobody else's way. No network card was measured. Rates
-are searched, and cost and latency measured, as for RESULTS.md one folder above, at
-{STEADY_RATES[False]:,.0f} single datagrams per second and at {STEADY_RATES[True]:,.0f} in bursts,
-which here leave in single frames: the sender has to segment them."""
+Channels only, on veths that behave like cables: frames arrive with whole checksums, and what the
+program sends back is received. **No network card was measured.** For rate and CPU the devices of
+the relay's host are served by kernel threads on the server's CPU (threaded NAPI), and **what these
+take counts**, for all three alike: in the kernel there is nothing else. With a veth that includes a
+copy of each frame, which a network card would not make, and its delivery at the other end. CPU is
+at {STEADY_RATES[True]:,.0f} datagrams per second, single ones {SINGLES_OF_SEARCH} at a time. For
+latency, at {STEADY_RATES[False]:,.0f} single datagrams per second and at {STEADY_RATES[True]:,.0f}
+in bursts, the sender itself does the work of receiving, as veths have it: nobody is woken up in the
+kernel. Bursts leave in single frames there: the sender has to segment them. The relay in the
+kernel has networks of its own, so that its program is in nobody else's way."""
 
 
 @dataclass(slots=True)
@@ -204,20 +206,24 @@ def _measure_kernel(plan: Plan, folder: Path, measured: Measured) -> None:
     load_cpu, server_cpu = _cpus()
     os.sched_setaffinity(0, {load_cpu})
     with ExitStack() as stack:
-        by_sockets, in_kernel = (
-            stack.enter_context(CabledNetwork(name, relay_cpu=server_cpu, load_cpu=load_cpu))
-            for name in ("sockets", "kernel")
-        )
-        servers = [
-            stack.enter_context(running(name, network, server_cpu, folder))
-            for name, network in (
-                ("relay", by_sockets),
-                (IN_KERNEL, in_kernel),
-                ("coturn", by_sockets),
-            )
-        ]
+        servers: dict[bool, list[Server]] = {True: [], False: []}  # received by threads, or not
+        for threaded, running_there in servers.items():
+            for names in (("relay", "coturn"), (IN_KERNEL,)):
+                network = stack.enter_context(
+                    CabledNetwork(
+                        f"{'threads' if threaded else 'direct'}-{len(names)}",
+                        relay_cpu=server_cpu,
+                        load_cpu=load_cpu,
+                        threaded=threaded,
+                    )
+                )
+                running_there += [
+                    stack.enter_context(running(name, network, server_cpu, folder))
+                    for name in names
+                ]
         for gso, payload, clients in itertools.product((False, True), plan.payloads, plan.clients):
-            _compare_relaying(servers, Shape(payload, clients, gso), plan, measured)
+            shape = Shape(payload, clients, gso)
+            _compare_relaying(servers[True], shape, plan, measured, timed=servers[False])
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +252,12 @@ class Shape:
         return Load(self.payload, seconds=STEP, burst=burst, gso=self.gso)
 
     @property
+    def busy(self) -> Load:
+        """A load at which nothing has to be woken up for each datagram."""
+        burst = BURST if self.gso else SINGLES_OF_SEARCH
+        return Load(self.payload, STEADY_RATES[True], STEADY, burst=burst, gso=self.gso)
+
+    @property
     def steady(self) -> Load:
         """The load at which cost and latency are measured."""
         burst = BURST if self.gso else 1
@@ -254,11 +266,20 @@ class Shape:
 
 
 def _compare_relaying(
-    servers: Sequence[Server], shape: Shape, plan: Plan, measured: Measured
+    servers: Sequence[Server],
+    shape: Shape,
+    plan: Plan,
+    measured: Measured,
+    *,
+    timed: Sequence[Server] = (),
 ) -> None:
-    """Put one shape of load on the servers, which alternate. Raises LoadError."""
+    """Put one shape of load on the servers, which alternate. Raises LoadError.
+
+    Latency is that of *timed*, if these are given: the same servers, elsewhere.
+    """
     rates: dict[str, list[Lossless]] = {server.name: [] for server in servers}
     steady: dict[str, list[Result]] = {server.name: [] for server in servers}
+    times = {server.name: [] for server in timed} if timed else steady
     with ExitStack() as stack:
         sessions = {
             server.name: _enter_session(stack, server, shape.clients, shape.framing)
@@ -268,15 +289,24 @@ def _compare_relaying(
             rate = _search(sessions[name], shape.searched, rates[name], measured.calm)
             rates[name].append(rate)
         for name in alternating(list(sessions), plan.steady_rounds):
-            steady[name].append(measured.calm.measure(sessions[name], shape.steady))
-    for name in sessions:
+            load = shape.busy if timed else shape.steady
+            steady[name].append(measured.calm.measure(sessions[name], load))
+    with ExitStack() as stack:
+        sessions = {
+            server.name: _enter_session(stack, server, shape.clients, shape.framing)
+            for server in timed
+        }
+        for name in alternating(list(sessions), plan.steady_rounds):
+            times[name].append(measured.calm.measure(sessions[name], shape.steady))
+    for name, found in rates.items():
         measured.raw.append(
             {
                 "server": name,
                 **asdict(shape),
                 "framing": shape.framing.value,
-                "lossless": [asdict(rate) for rate in rates[name]],
+                "lossless": [asdict(rate) for rate in found],
                 "steady": [result.as_dict() for result in steady[name]],
+                **({"timed": [result.as_dict() for result in times[name]]} if timed else {}),
             }
         )
         lost = max(result.loss for result in steady[name])
@@ -284,14 +314,14 @@ def _compare_relaying(
             measured.notes.append(
                 f"At the fixed rate {name} lost up to {lost:.1%} ({shape.table}, {shape})."
             )
-    for ours, rival in itertools.product(_ours(sessions), _rivals(sessions)):
+    for ours, rival in itertools.product(_ours(rates), _rivals(rates)):
         compare = partial(_compare, shape, ours, rival)
         measured.add(
             _title(ours, rival, shape.table),
             compare(Metric.RATE, rates, lambda rate: max(rate.rate, SLOWEST)),
             compare(Metric.COST, steady, lambda result: result.server_cost or 0.0),
-            compare(Metric.P50, steady, lambda result: _percentile(result, "p50")),
-            compare(Metric.P99, steady, lambda result: _percentile(result, "p99")),
+            compare(Metric.P50, times, lambda result: _percentile(result, "p50")),
+            compare(Metric.P99, times, lambda result: _percentile(result, "p99")),
         )
 
 

@@ -1,9 +1,10 @@
 """The three hosts of ``netns.py``, joined as by cables, and what it costs to receive there.
 
-A veth by itself is received from by whoever sends into it, with unfinished checksums. Here its ends
-have a thread of the kernel each (threaded NAPI), as a network card would have an interrupt: those
-of the relay's host run on the relay's CPU, and what they take is known. Checksums are finished
-before they leave, and each end takes in what an XDP program sends back.
+Checksums are finished before they leave, and each end takes in what an XDP program sends back,
+neither of which a veth does by itself. Also, on a veth whoever sends does the work of receiving, in
+the same system call. So it is here, too, or the devices of the relay's host have a thread of the
+kernel each (threaded NAPI), as a network card has an interrupt: these run on the relay's CPU, and
+what they take is known.
 """
 
 import os
@@ -22,37 +23,39 @@ RELAY_DEVICES: Final = ("towards0", "towards1")
 class CabledNetwork(Network):
     """The namespaces, for as long as this is entered. Takes root; raises LoadError, OSError."""
 
-    def __init__(self, name: str, *, relay_cpu: int, load_cpu: int) -> None:
+    def __init__(self, name: str, *, relay_cpu: int, load_cpu: int, threaded: bool) -> None:
         super().__init__(name)
         self._relay_cpu = relay_cpu
         self._load_cpu = load_cpu
+        self._threaded = threaded
 
     def arrange(self, stack: ExitStack) -> None:
         """Make cables of the veths."""
         for name in (self.clients, self.peers):
             with inside(name):
                 stack.enter_context(like_a_cable("eth0"))
-            _receive_by_threads(name, ("eth0",), self._load_cpu)
+            # What the relay's CPU has delivered to this end is the load client's to handle.
+            mask = f"{1 << self._load_cpu:x}"
+            _write(name, "/sys/class/net/eth0/queues/rx-0/rps_cpus", mask)
         with inside(self.relay):
             for device in RELAY_DEVICES:
                 receive_by_napi(device)
-        self.threads = _receive_by_threads(self.relay, RELAY_DEVICES, self._relay_cpu)
+        if self._threaded:
+            before = _threads()
+            for device in RELAY_DEVICES:
+                _write(self.relay, f"/sys/class/net/{device}/threaded", "1")
+            self.threads = tuple(_threads() - before)
+            for thread in self.threads:
+                os.sched_setaffinity(thread, {self._relay_cpu})
 
 
-def _receive_by_threads(namespace: str, devices: tuple[str, ...], cpu: int) -> tuple[int, ...]:
-    """Give each device a thread of the kernel on one CPU; return their ids. Raises LoadError."""
-    before = _threads()
-    for device in devices:
-        write = f"echo 1 > /sys/class/net/{device}/threaded"
-        command = ["ip", "netns", "exec", namespace, "sh", "-c", write]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except subprocess.CalledProcessError as error:
-            raise LoadError(f"{device}: no threaded NAPI: {error.stderr.strip()}") from error
-    threads = tuple(_threads() - before)
-    for thread in threads:
-        os.sched_setaffinity(thread, {cpu})
-    return threads
+def _write(namespace: str, file: str, text: str) -> None:
+    """Write to a file of /sys, which shows each namespace its own devices. Raises LoadError."""
+    command = ["ip", "netns", "exec", namespace, "sh", "-c", f"echo {text} > {file}"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        raise LoadError(f"{file}: {error.stderr.strip()}") from error
 
 
 def _threads() -> set[int]:
