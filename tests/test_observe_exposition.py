@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.observe.counters import Counters
+from relay.observe.counters import Counters, InKernel, Relayed
 from relay.observe.exposition import STUCK_AFTER, RelayCollector
 from tests.probes import QUIET
 
@@ -145,10 +145,10 @@ def test_relayed_datagrams_and_bytes_are_exported_by_direction(relay: Relay) -> 
 
     found = relay.scrape()
 
-    assert found["relay_relayed_packets_total", "client_to_peer,sockets"] == 4
-    assert found["relay_relayed_bytes_total", "client_to_peer,sockets"] == 300
-    assert found["relay_relayed_packets_total", "peer_to_client,sockets"] == 2
-    assert found["relay_relayed_bytes_total", "peer_to_client,sockets"] == 2600
+    assert found["relay_relayed_packets_total", "sockets,client_to_peer"] == 4
+    assert found["relay_relayed_bytes_total", "sockets,client_to_peer"] == 300
+    assert found["relay_relayed_packets_total", "sockets,peer_to_client"] == 2
+    assert found["relay_relayed_bytes_total", "sockets,peer_to_client"] == 2600
 
 
 def test_sizes_of_both_directions_are_one_histogram(relay: Relay) -> None:
@@ -186,6 +186,42 @@ def test_no_counter_falls_if_a_batch_is_counted_before_its_datagrams(relay: Rela
     assert after["relay_train_length_bucket", "1.0"] == 10
 
 
+def test_what_the_kernel_relays_is_told_apart(relay: Relay) -> None:
+    """In the same classes, so that the sum of both is what the relay does."""
+    relay.counters.to_peer.update({64: 1, 1501: 1})
+    nothing = [Relayed(0, 0)] * 7
+    relay.status = replace(
+        relay.status,
+        in_kernel=InKernel(
+            devices={"eth0": "native", "eth1": "no"},
+            routes=4,
+            failures={"map_full": 2, "other": 0},
+            to_peer=[Relayed(2, 100), *nothing],
+            to_client=[*nothing, Relayed(1, 2000)],
+        ),
+    )
+
+    found = relay.scrape()
+
+    assert found["relay_relayed_packets_total", "sockets,client_to_peer"] == 2
+    assert found["relay_relayed_packets_total", "xdp,client_to_peer"] == 2
+    assert found["relay_relayed_bytes_total", "xdp,client_to_peer"] == 100
+    assert found["relay_relayed_packets_total", "xdp,peer_to_client"] == 1
+    assert found["relay_relayed_bytes_total", "xdp,peer_to_client"] == 2000
+    sizes = buckets(found, "relay_packet_size_bytes")
+    assert sizes == [1, 1, 1, 1, 1, 1, 1, 2, *[2] * 7, 3]
+    assert found["relay_packet_size_bytes_sum", "xdp"] == 2100
+    assert found["relay_train_length_count", ""] == 2  # the kernel hands nothing to itself
+    assert found["relay_xdp_attached", "eth0,native"] == 1
+    assert found["relay_xdp_attached", "eth1,no"] == 0
+    assert found["relay_xdp_routes", ""] == 4
+    assert found["relay_xdp_failures_total", "map_full"] == 2
+
+
+def test_without_a_data_path_in_the_kernel_there_are_no_metrics_of_it(relay: Relay) -> None:
+    assert "xdp" not in relay.text()
+
+
 def test_what_another_thread_counts_meanwhile_is_consistent(relay: Relay) -> None:
     """The reactor goes on: with sizes that were not there before, and without any lock."""
     counters, stopping = relay.counters, threading.Event()
@@ -215,8 +251,8 @@ def test_what_another_thread_counts_meanwhile_is_consistent(relay: Relay) -> Non
         everything = found["relay_packet_size_bytes_bucket", "sockets,+Inf"]
         assert found["relay_packet_size_bytes_bucket", "sockets,1500.0"] == everything
         assert everything == (
-            found["relay_relayed_packets_total", "client_to_peer,sockets"]
-            + found["relay_relayed_packets_total", "peer_to_client,sockets"]
+            found["relay_relayed_packets_total", "sockets,client_to_peer"]
+            + found["relay_relayed_packets_total", "sockets,peer_to_client"]
         )
 
 
@@ -227,7 +263,10 @@ def test_nothing_is_labelled_by_what_a_client_chose(relay: Relay) -> None:
     families = list(text_string_to_metric_families(relay.text()))
     labels = {label for family in families for one in family.samples for label in one.labels}
 
-    assert labels <= {"method", "code", "direction", "reason", "le", "version", "python"}
+    assert labels <= {
+        *("method", "code", "direction", "datapath", "reason", "le", "version", "python"),
+        *("device", "mode"),  # which the operator chose
+    }
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

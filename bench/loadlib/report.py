@@ -14,9 +14,10 @@ from bench.loadlib.servers import CHECKOUT
 from relay.version import __version__
 
 HOW_TO_READ: Final = """\
-Written by `python -m bench.versus`; with `--xdp`, if a title says "in the kernel". A cell is the relay's number over coturn's, the median of the
-rounds with the smallest and the largest, then the medians of the numbers, relay : coturn. **Bold**
-is where the relay is ahead. † marks where the load client could not send all that it should."""
+Written by `python -m bench.versus`, with `--xdp` where a title says "in the kernel". A cell is the
+relay's number over coturn's, the median of the rounds with the smallest and the largest, then the
+medians of the numbers, relay : coturn. **Bold** is where the relay is ahead. † marks where the load
+client could not send all that it should."""
 
 
 def write(
