@@ -42,6 +42,7 @@ from relay.turn.auth import Authenticator, AuthFailure
 from relay.turn.commands import (
     BindChannel,
     ClientAddress,
+    ClosePort,
     Drop,
     InstallPermissions,
     UnbindChannel,
@@ -314,6 +315,9 @@ class _MarkWatcher:
         self._listeners[family_of(bind.client[0][0])].look_for_marks()
 
     def unbinding(self, unbind: UnbindChannel) -> None:
+        """Expect nothing."""
+
+    def closing(self, close: ClosePort) -> None:
         """Expect nothing."""
 
     def permitted(self, install: InstallPermissions) -> None:

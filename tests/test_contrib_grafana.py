@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.parser import text_string_to_metric_families
 
 from relay.assembly import KNOWN_AUTH_FAILURES, KNOWN_DROPS
-from relay.observe.counters import Counters
+from relay.observe.counters import Counters, InKernel, Relayed
 from relay.observe.exposition import RelayCollector
 from relay.stun.const import ErrorCode, Method
 from relay.turn.peers import RULES
@@ -47,6 +47,9 @@ def exported() -> dict[str, Labels]:
         auth_failures=dict.fromkeys(KNOWN_AUTH_FAILURES, 0),
         refused_peers=dict.fromkeys(RULES, 0),
         counters=counters,
+        in_kernel=InKernel(
+            {"eth0": "native"}, 0, {"map_full": 0}, [Relayed(0, 0)] * 8, [Relayed(0, 0)] * 8
+        ),
     )
     registry = CollectorRegistry()
     registry.register(RelayCollector(lambda: status, version="1.2.3"))

@@ -7,6 +7,7 @@ from relay.stun.const import Family
 from relay.turn.commands import (
     BindChannel,
     ClientAddress,
+    ClosePort,
     InstallPermissions,
     PeerAddress,
     UnbindChannel,
@@ -37,6 +38,10 @@ class Watcher:
         assert (unbind.client, unbind.number) in self._relay.datapath.routes.to_peer
         self.routes.remove((unbind.client, unbind.number, unbind.port, unbind.peer))
         self.sent_before.append(len(self._relay.network.sent))
+
+    def closing(self, close: ClosePort) -> None:
+        for number, peer in close.channels:
+            self.unbinding(UnbindChannel(close.client, number, close.port, peer))
 
     def permitted(self, install: InstallPermissions) -> None:
         self.permitted_hosts += install.hosts

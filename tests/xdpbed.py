@@ -143,10 +143,12 @@ class Entries(dict[bytes, bytes]):
     def update(self, key: bytes, value: bytes) -> None:  # type: ignore[override]
         self[key] = value
 
-    def delete(self, key: bytes) -> None:
-        if key not in self:
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
-        del self[key]
+    def delete_many(self, keys: bytes, count: int) -> None:
+        size = len(keys) // count
+        for at in range(0, len(keys), size):
+            if keys[at : at + size] not in self:
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+            del self[keys[at : at + size]]
 
 
 class Bed:

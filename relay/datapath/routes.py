@@ -43,6 +43,9 @@ class RouteWatcher(Protocol):
     def unbinding(self, unbind: UnbindChannel, /) -> None:
         """Stop relaying this. The client has not heard yet that it is over."""
 
+    def closing(self, close: ClosePort, /) -> None:
+        """Stop relaying all channels that end with a port, which may be many."""
+
     def permitted(self, install: InstallPermissions, /) -> None:
         """Know that indications may be relayed, which is done here alone."""
 
@@ -125,8 +128,7 @@ class Routes:
     def close_port(self, close: ClosePort) -> None:
         """Undo it for all channels that end with their port, and give that up."""
         for watcher in self.watchers:
-            for number, peer in close.channels:
-                watcher.unbinding(UnbindChannel(close.client, number, close.port, peer))
+            watcher.closing(close)
         for number, _ in close.channels:
             del self.to_peer[close.client, number]
         peers = [peer for _, peer in close.channels]

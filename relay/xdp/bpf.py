@@ -22,6 +22,7 @@ _MAP_DELETE: Final = 3
 _PROG_LOAD: Final = 5
 _PROG_TEST_RUN: Final = 10
 _MAP_LOOKUP_BATCH: Final = 24
+_MAP_DELETE_BATCH: Final = 27
 _LINK_CREATE: Final = 28
 
 _PERCPU_ARRAY: Final = 6  # enum bpf_map_type
@@ -36,6 +37,7 @@ NATIVE: Final = 4  # by the device's driver
 # What an XDP program says is to become of the frame: enum xdp_action.
 XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX, XDP_REDIRECT = range(5)
 
+_BATCH: Final = struct.Struct("=QQQQIIQQ")
 # For BPF_PROG_TEST_RUN, up to batch_size; and BPF_F_TEST_XDP_LIVE_FRAMES.
 _TEST_RUN: Final = struct.Struct("=IIIIQQIIIIQQIIII")
 _LIVE_FRAMES: Final = 2
@@ -130,6 +132,17 @@ class Map:
         self._key.raw = key
         _call(_MAP_DELETE, self._attributes_of_delete, 16)
 
+    def delete_many(self, keys: bytes, count: int) -> None:
+        """Delete *count* entries, whose keys lie end to end, in one call. Raises OSError.
+
+        At the first that is not there it stops: ENOENT.
+        """
+        buffer = ctypes.create_string_buffer(keys, len(keys))
+        _bpf(
+            _MAP_DELETE_BATCH,
+            _BATCH.pack(0, 0, _address(buffer), 0, count, self.fd, 0, 0),
+        )
+
     def lookup(self, key: bytes) -> bytes:
         """Return the value of an entry. Raises OSError: ENOENT if there is none, EPERM."""
         self._key.raw = key
@@ -147,16 +160,8 @@ class Map:
         position = ctypes.create_string_buffer(4)
         _bpf(
             _MAP_LOOKUP_BATCH,
-            struct.pack(
-                "=QQQQIIQQ",
-                0,
-                _address(position),
-                _address(keys),
-                _address(values),
-                count,
-                self.fd,
-                0,
-                0,
+            _BATCH.pack(
+                0, _address(position), _address(keys), _address(values), count, self.fd, 0, 0
             ),
         )
         raw, each = values.raw, self._stride // self._values

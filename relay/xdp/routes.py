@@ -17,6 +17,7 @@ from relay.stun.const import Family
 from relay.turn.commands import (
     BindChannel,
     ClientAddress,
+    ClosePort,
     InstallPermissions,
     PeerAddress,
     UnbindChannel,
@@ -52,8 +53,8 @@ class RouteMap(Protocol):
     def update(self, key: bytes, value: bytes, /) -> None:
         """Set an entry. Raises OSError."""
 
-    def delete(self, key: bytes, /) -> None:
-        """Delete an entry. Raises OSError."""
+    def delete_many(self, keys: bytes, count: int, /) -> None:
+        """Delete *count* entries, whose keys lie end to end. Raises OSError."""
 
 
 class KernelRoutes:
@@ -87,7 +88,7 @@ class KernelRoutes:
         self._relay_ports = relay_ports
         self._flags = 0 if copies_tos else UNMARKED
         self._on_lost_control = on_lost_control
-        self._written: dict[tuple[ClientAddress, int], tuple[bytes, bytes]] = {}
+        self._written: dict[tuple[ClientAddress, int], bytes] = {}  # both keys, end to end
         self._ids = count()
         self._is_stopped = False
         self.failures: Counter[str] = Counter(dict.fromkeys(KNOWN_FAILURES, 0))
@@ -131,12 +132,16 @@ class KernelRoutes:
         except OSError as error:
             self._failed(_REASONS.get(error.errno or 0, "other"), error)
         else:
-            self._written[bind.client, bind.number] = (to_peer, to_client)
+            self._written[bind.client, bind.number] = to_peer + to_client
 
     def unbinding(self, unbind: UnbindChannel) -> None:
         """Have the kernel relay a channel no more."""
-        for key in self._written.pop((unbind.client, unbind.number), ()):
-            self._delete(key)
+        self._delete(self._written.pop((unbind.client, unbind.number), b""))
+
+    def closing(self, close: ClosePort) -> None:
+        """Have the kernel relay no more of many channels at once."""
+        forget, client = self._written.pop, close.client
+        self._delete(b"".join([forget((client, number), b"") for number, _ in close.channels]))
 
     def stop(self) -> None:
         """Write nothing more: the program is at no device any more."""
@@ -161,9 +166,12 @@ class KernelRoutes:
             *(_number(to[0]), flags | self._flags, next(self._ids) % _IDS, 0),
         )
 
-    def _delete(self, key: bytes) -> None:
+    def _delete(self, keys: bytes) -> None:
+        """Delete entries, whose keys lie end to end."""
+        if not keys:
+            return
         try:
-            self._routes.delete(key)
+            self._routes.delete_many(keys, len(keys) // _FLOW.size)
         except OSError as error:
             self.failures["other"] += 1
             self._on_lost_control(f"a route cannot be deleted: {error.strerror}")
