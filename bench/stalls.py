@@ -5,12 +5,14 @@ even more permissions, on real sockets, in the real event loop; its clients have
 to take the answers. For each event the table has the longest iteration of the loop, how many it
 took until all was done, and the longest pause of the garbage collector meanwhile. The collector is
 set as the daemon sets it, or by ``--gc``, three thresholds with commas between, to compare others.
+With ``--xdp``, as root, the routes of channels are written to the kernel, too.
 """
 
 import argparse
 import errno
 import gc
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +23,14 @@ from bench.memory import SPARE_DESCRIPTORS, Idle, address_of, allocate_of, allow
 from relay.daemon import GC_THRESHOLDS
 from relay.net import netlink
 from relay.net.hostaddresses import HostAddresses
+from relay.stun.address import family_of
 from relay.stun.attributes import Attr
-from relay.stun.const import Method
+from relay.stun.const import Family, Method
 from relay.turn.commands import ClientAddress
 from relay.turn.peers import PeerPolicy
-from tests.scenario import DOCUMENTATION, Client
+from relay.xdp.attach import load
+from relay.xdp.routes import KernelRoutes
+from tests.scenario import DOCUMENTATION, LISTEN_PORT, PUBLIC_IP4, PUBLIC_IP6, Client
 
 ALLOCATIONS: Final = 16_000
 CHANNELS: Final = 200_000
@@ -43,9 +48,12 @@ def main() -> None:
     parser.add_argument("--allocations", type=int, default=ALLOCATIONS)
     parser.add_argument("--channels", type=int, default=CHANNELS)
     parser.add_argument("--gc", default=",".join(map(str, GC_THRESHOLDS)))
+    parser.add_argument("--xdp", action="store_true")
     arguments = parser.parse_args()
     allow_descriptors(arguments.allocations + SPARE_DESCRIPTORS)
     relay = Full(arguments.allocations)
+    if arguments.xdp:
+        relay.write_routes_to_the_kernel()
     gc.freeze()
     gc.set_threshold(*map(int, arguments.gc.split(",")))
     print(f"{'event':44}{'longest iteration':>18}{'iterations':>12}{'longest collection':>20}")
@@ -107,6 +115,20 @@ class Full(Idle):
         self._ahead = 0.0  # seconds
         clock = self._reactor.clock
         self._reactor.clock = lambda: clock() + self._ahead
+
+    def write_routes_to_the_kernel(self) -> None:
+        """Do what the relay does with ``--xdp``. Raises XdpError."""
+        hosts = {Family.IPV4: PUBLIC_IP4, Family.IPV6: PUBLIC_IP6}
+        routes = KernelRoutes(
+            load().maps["routes"],
+            client_side=lambda client: (hosts[family_of(client[0][0])], LISTEN_PORT),
+            port_host=lambda _, family: hosts[family],
+            public_hosts=hosts,
+            relay_ports=range(FIRST_PORT, FIRST_PORT + len(self._clients) + FREE_PORTS),
+            copies_tos=True,
+            on_lost_control=sys.exit,
+        )
+        self._datapath.routes.watchers.append(routes)
 
     def events(self, channels: int) -> dict[str, Callable[[Stalls], None]]:
         """Return what can happen to many at once, in this order."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from relay.config.model import Config, ConfigError
 from relay.datapath.clientside import NotServing
@@ -51,8 +51,11 @@ from relay.turn.peers import RULES, PeerPolicy
 from relay.turn.server import Server
 from relay.turn.settings import Settings
 from relay.version import __version__
-from relay.xdp.attach import KernelPath, XdpError, usual_devices
-from relay.xdp.routes import KernelRoutes, LostControl, RouteMap
+from relay.xdp import XdpError
+
+if TYPE_CHECKING:
+    from relay.xdp.attach import KernelPath
+    from relay.xdp.routes import LostControl, RouteMap
 
 # What is said here is said once, at start, and must not fall under the rate limit of the log.
 logger = logging.getLogger("relay.daemon")
@@ -85,7 +88,7 @@ class Parts:
     server: Server
     authenticator: Authenticator
     datapath: DataPath
-    kernel_path: KernelPath | None  # None: nothing is to be relayed there
+    kernel_path: "KernelPath | None"  # None: nothing is to be relayed there
     monitor: Monitor
     supervision: Supervision
     addresses: HostAddresses | None  # None: the kernel does not tell
@@ -370,12 +373,19 @@ def _check_descriptors(config: Config, max_sockets: int, descriptors: int) -> No
 
 def _kernel_path(
     config: Config, listeners: dict[Family, ListeningSocket], datapath: DataPath
-) -> KernelPath | None:
+) -> "KernelPath | None":
     """Have the kernel relay channels, too, if that is wanted. Raises DaemonError."""
     if config.xdp is None:
         return None
+    try:
+        # Only here: it takes ctypes, which not every Python has, or may use.
+        from relay.xdp.attach import KernelPath, usual_devices  # noqa: PLC0415
+        from relay.xdp.routes import KernelRoutes  # noqa: PLC0415
+    except (ImportError, MemoryError) as error:
+        leave_to_sockets(config, XdpError(f"it takes ctypes: {error}"))
+        return None
 
-    def make_routes(routes: RouteMap, *, on_lost_control: LostControl) -> KernelRoutes:
+    def make_routes(routes: "RouteMap", *, on_lost_control: "LostControl") -> KernelRoutes:
         return KernelRoutes(
             routes,
             client_side=lambda client: listeners[family_of(client[0][0])].local_address(client),

@@ -32,7 +32,7 @@ from relay.portal.phoenix import (
 )
 from relay.stun.address import format_endpoint
 from relay.turn.users import mint, mint_rest
-from relay.xdp.attach import XdpError
+from relay.xdp import XdpError
 
 logger = logging.getLogger("relay.daemon")
 

@@ -27,7 +27,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.observe",
         "relay.net.signals",
         "relay.portal.phoenix",
-        "relay.xdp.attach",
+        "relay.xdp",
         "relay.turn.users",
         "relay.stun.address",
     ),

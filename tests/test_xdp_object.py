@@ -1,5 +1,6 @@
 """The object that is committed is what the source says, and what the package says it is."""
 
+import re
 import struct
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_the_same_compiler_makes_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_no_path_of_any_machine_is_in_it() -> None:
-    assert b"/" not in program.OBJECT.read_bytes().replace(b"Dual MIT/GPL", b"")
+    assert re.search(rb"/\w+/", program.OBJECT.read_bytes()) is None
 
 
 def test_its_maps_are_as_large_as_the_relay() -> None:

@@ -17,7 +17,7 @@ from typing import Final, Literal, Protocol
 from relay.net.addresses import WILDCARDS, dump_addresses, pack
 from relay.observe.counters import NOT_ATTACHED, PACKET_SIZES, InKernel, Relayed
 from relay.stun.const import Family
-from relay.xdp import bpf
+from relay.xdp import XdpError, bpf
 from relay.xdp.routes import KNOWN_FAILURES, KernelRoutes, LostControl, RouteMap
 
 logger = logging.getLogger("relay.xdp")
@@ -26,6 +26,7 @@ Mode = Literal["auto", "require", "generic"]
 """require: at each device, or not at all. generic: also where the driver has no place for it."""
 
 OBJECT: Final = "turn.bpf.o"
+_MODES: Final = {"native": bpf.NATIVE, "generic": bpf.GENERIC}
 _NAME: Final = "turn"  # of the program, as ip and bpftool show it
 _SIZE_CLASSES: Final = len(PACKET_SIZES) + 1
 _RELAYED: Final = struct.Struct("=QQ")  # struct relayed
@@ -56,10 +57,6 @@ _ATTACH_HELP: Final = {
     errno.EBUSY: "another program is there already (ip link show)",
     errno.EEXIST: "another program is there already, in another mode (ip link show)",
 }
-
-
-class XdpError(Exception):
-    """The program cannot be loaded or attached. The text says why, and what to do about it."""
 
 
 class MakeRoutes(Protocol):
@@ -105,6 +102,7 @@ class KernelPath:
                 if self._mode == "require":
                     raise
                 logger.warning("xdp: %s", error)
+        self._allow_to_leave(program)
         attached = [f"{name} ({how})" for name, how in self._devices.items() if how != NOT_ATTACHED]
         if not attached:
             raise XdpError("it is attached to no device")
@@ -175,18 +173,26 @@ class KernelPath:
             raise XdpError(f"{device}: there is no such device") from None
         if not _is_ethernet(device):
             raise XdpError(f"{device}: it is no Ethernet device")
-        modes = [bpf.NATIVE, bpf.GENERIC] if self._mode == "generic" else [bpf.NATIVE]
-        key = struct.pack("=I", index)
-        program.maps["devices"].update(key, key)
-        for mode in modes:
+        for mode in ("native", "generic") if self._mode == "generic" else ("native",):
             try:
-                self._links.append(program.attach(index, mode))
+                self._links.append(program.attach(index, _MODES[mode]))
             except OSError as error:
                 failure = error
             else:
-                return "native" if mode == bpf.NATIVE else "generic"
-        program.maps["devices"].delete(key)  # nothing may leave where the driver does not know it
+                return mode
         raise XdpError(_explained(f"{device}: it cannot be attached", failure, _ATTACH_HELP))
+
+    def _allow_to_leave(self, program: bpf.Program) -> None:
+        """Let frames go from one device to another.
+
+        From a native one they go by the driver of the other, which has to be native as well.
+        """
+        modes = set(self._devices.values()) - {NOT_ATTACHED}
+        only = "native" if "native" in modes else "generic"
+        for device, mode in self._devices.items():
+            if mode == only:
+                key = struct.pack("=I", socket.if_nametoindex(device))
+                program.maps["devices"].update(key, key)
 
 
 def usual_devices(hosts: Iterable[str]) -> list[str]:

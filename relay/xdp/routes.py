@@ -88,14 +88,17 @@ class KernelRoutes:
         self._relay_ports = relay_ports
         self._flags = 0 if copies_tos else UNMARKED
         self._on_lost_control = on_lost_control
-        self._written: dict[tuple[ClientAddress, int], bytes] = {}  # both keys, end to end
+        # By client and channel both keys, end to end. One table of all would stop the loop for tens
+        # of milliseconds whenever it grows.
+        self._written: dict[ClientAddress, dict[int, bytes]] = {}
+        self._count = 0  # of channels
         self._ids = count()
         self._is_stopped = False
         self.failures: Counter[str] = Counter(dict.fromkeys(KNOWN_FAILURES, 0))
 
     def __len__(self) -> int:
         """How many there are in the kernel."""
-        return 2 * len(self._written)
+        return 2 * self._count
 
     def bound(self, bind: BindChannel) -> None:
         """Have the kernel relay a channel from here on, both ways."""
@@ -132,21 +135,22 @@ class KernelRoutes:
         except OSError as error:
             self._failed(_REASONS.get(error.errno or 0, "other"), error)
         else:
-            self._written[bind.client, bind.number] = to_peer + to_client
+            self._written.setdefault(bind.client, {})[bind.number] = to_peer + to_client
+            self._count += 1
 
     def unbinding(self, unbind: UnbindChannel) -> None:
         """Have the kernel relay a channel no more."""
-        self._delete(self._written.pop((unbind.client, unbind.number), b""))
+        self._forget(unbind.client, [unbind.number])
 
     def closing(self, close: ClosePort) -> None:
         """Have the kernel relay no more of many channels at once."""
-        forget, client = self._written.pop, close.client
-        self._delete(b"".join([forget((client, number), b"") for number, _ in close.channels]))
+        self._forget(close.client, [number for number, _ in close.channels])
 
     def stop(self) -> None:
         """Write nothing more: the program is at no device any more."""
         self._is_stopped = True
         self._written.clear()
+        self._count = 0
 
     def permitted(self, install: InstallPermissions) -> None:
         """Leave indications to the sockets."""
@@ -166,10 +170,20 @@ class KernelRoutes:
             *(_number(to[0]), flags | self._flags, next(self._ids) % _IDS, 0),
         )
 
+    def _forget(self, client: ClientAddress, numbers: list[int]) -> None:
+        """Delete the routes of a client's channels, as far as they have any."""
+        written = self._written.get(client)
+        if written is None:
+            return
+        keys = [written.pop(number) for number in numbers if number in written]
+        self._count -= len(keys)
+        if not written:
+            del self._written[client]
+        if keys:
+            self._delete(b"".join(keys))
+
     def _delete(self, keys: bytes) -> None:
         """Delete entries, whose keys lie end to end."""
-        if not keys:
-            return
         try:
             self._routes.delete_many(keys, len(keys) // _FLOW.size)
         except OSError as error:

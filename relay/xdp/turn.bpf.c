@@ -104,7 +104,8 @@ const struct map routes SECTION("maps") = {
 	.max_entries = 2 * MAX_CHANNELS,
 	.flags = BPF_F_NO_PREALLOC,
 };
-// By ifindex, the devices that frames may leave by: those at which this program is, too.
+// By ifindex, the devices that frames may leave by other than where they came in: this program is
+// there, too, so the driver can send what has no socket.
 const struct map devices SECTION("maps") = {
 	.type = BPF_MAP_TYPE_DEVMAP_HASH,
 	.key_size = sizeof(__u32),
@@ -246,16 +247,14 @@ INLINE long look_up(struct xdp_md *ctx, struct bpf_fib_lookup *fib, const struct
 }
 
 // Find the next hop of a route. What the host cannot send just now (it does not know the neighbour,
-// say), what it would deliver to itself, and what leaves by another device is left to the sockets;
-// so is what would come from an address that this host has no longer.
+// say) and what it would deliver to itself is left to the sockets; so is what would come from an
+// address that this host has no longer.
 INLINE int find_hop(struct xdp_md *ctx, const struct route *route, struct hop *hop, __u64 now)
 {
 	struct bpf_fib_lookup fib;
 	if (look_up(ctx, &fib, route, route->from) != BPF_FIB_LKUP_RET_NOT_FWDED) // it is not local
 		return 0;
 	if (look_up(ctx, &fib, route, route->to) != BPF_FIB_LKUP_RET_SUCCESS)
-		return 0;
-	if (!bpf_map_lookup_elem(&devices, &fib.ifindex))
 		return 0;
 	hop->route_id = route->id;
 	hop->ifindex = fib.ifindex;
@@ -379,6 +378,9 @@ SECTION("xdp") int turn(struct xdp_md *ctx)
 	}
 	if (ip_size + udp_length > route.hop.mtu)
 		return XDP_PASS;
+	int goes_back = route.hop.ifindex == ctx->ingress_ifindex;
+	if (!goes_back && !bpf_map_lookup_elem(&devices, &route.hop.ifindex))
+		return XDP_PASS;
 	int shorter = datagram.headers + datagram.size - ETHERNET_SIZE - ip_size - udp_length;
 	if (shorter && bpf_xdp_adjust_head(ctx, shorter)) // a driver without room in front
 		return XDP_PASS;
@@ -447,9 +449,7 @@ SECTION("xdp") int turn(struct xdp_md *ctx)
 	udp->check = datagram.check == 0 ? 0 : check ? check : 0xffff;
 
 	count(direction, datagram.size);
-	if (route.hop.ifindex == ctx->ingress_ifindex)
-		return XDP_TX;
-	return bpf_redirect_map(&devices, route.hop.ifindex, 0);
+	return goes_back ? XDP_TX : bpf_redirect_map(&devices, route.hop.ifindex, 0);
 }
 
 // The kernel lets only programs under the GPL ask for routes.
