@@ -401,6 +401,53 @@ def test_rules_about_routes_hold(small: World, arguments: tuple[str, ...]) -> No
         assert after.down_by_xdp - before.down_by_xdp == 1
 
 
+def test_in_generic_mode_the_stack_relays_between_bridges() -> None:
+    """These have no driver that a program could be in."""
+    with two_interfaces() as world, ExitStack() as stack:
+        put_under_a_bridge(world, "towards0", "bridge0", "192.0.2.1/24", "2001:db8:1::1/64")
+        put_under_a_bridge(world, "towards1", "bridge1", "198.51.100.1/24", "2001:db8:2::1/64")
+        bridged = replace(world, devices=("bridge0", "bridge1"))
+        relay = stack.enter_context(bridged.starts(xdp="generic"))
+        relay.logs("xdp: the kernel relays channels at bridge0 (generic), bridge1 (generic)")
+        for family in Family:
+            with Ends(bridged, relay, family, family) as ends:
+                before = Counts.of(relay)
+                for size in SIZES:
+                    ends.exchange(bytes(size))
+                after = Counts.of(relay)
+            assert after.up_by_xdp - before.up_by_xdp == len(SIZES)
+            assert after.down_by_xdp - before.down_by_xdp == len(SIZES)
+        assert world.checksum_errors() == 0
+
+
+def test_from_a_driver_nothing_goes_to_a_device_without_one() -> None:
+    """A bridge has no place for what has no socket: it would be lost there."""
+    with two_interfaces() as world, ExitStack() as stack:
+        put_under_a_bridge(world, "towards1", "bridge1", "198.51.100.1/24", "2001:db8:2::1/64")
+        mixed = replace(world, devices=("towards0", "bridge1"))
+        relay = stack.enter_context(mixed.starts(xdp="generic"))
+        relay.logs("xdp: the kernel relays channels at towards0 (native), bridge1 (generic)")
+        with Ends(mixed, relay) as ends:
+            before = Counts.of(relay)
+            for size in SIZES:
+                ends.exchange(bytes(size))
+            after = Counts.of(relay)
+        assert after.up_by_sockets - before.up_by_sockets == len(SIZES)
+        assert after.down_by_xdp - before.down_by_xdp == len(SIZES)
+
+
+def put_under_a_bridge(world: World, device: str, bridge: str, *prefixes: str) -> None:
+    """Give the addresses of one of the relay's devices to a bridge over it."""
+    here = ("-n", world.relay)
+    ip(*here, "link", "add", bridge, "type", "bridge")
+    ip(*here, "link", "set", device, "master", bridge)
+    for prefix in prefixes:
+        at_once = ("nodad",) if ":" in prefix else ()
+        ip(*here, "address", "delete", prefix, "dev", device)
+        ip(*here, "address", "add", prefix, "dev", bridge, *at_once)
+    ip(*here, "link", "set", bridge, "up")
+
+
 def test_dscp_and_ecn_are_copied(small: World) -> None:
     with small.starts() as relay, Ends(small, relay) as ends:
         ends.client.socket.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 0xB8)

@@ -212,9 +212,8 @@ def load() -> bpf.Program:
     """Load the program that is installed with this package. Raises XdpError."""
     if sys.byteorder != "little":
         raise XdpError("the program is for little-endian machines only")
-    path = Path(str(resources.files("relay.xdp") / OBJECT))
     try:
-        return bpf.Program(bpf.read_object(path), _NAME)
+        return bpf.Program(bpf.read_object(resources.files("relay.xdp") / OBJECT), _NAME)
     except bpf.ObjectError as error:
         raise XdpError(f"the program is damaged: {error}") from error
     except OSError as error:

@@ -11,6 +11,7 @@ import platform
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Final
 
@@ -245,7 +246,7 @@ class Program:
         self.maps.clear()
 
 
-def read_object(path: Path) -> ProgramObject:
+def read_object(path: Traversable) -> ProgramObject:
     """Read the program in section ``xdp`` of an ELF object. Raises ObjectError, OSError."""
     elf = path.read_bytes()
     try:
