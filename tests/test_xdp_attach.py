@@ -28,7 +28,6 @@ EX_OSERR = 71
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     needs_bpf()
-    needs_programs("ip")
     with two_interfaces(cables=False) as world:
         yield world
 

@@ -1,6 +1,7 @@
 """The relay with its program in the kernel, between real hosts: who relays what, and until when."""
 
 import json
+import re
 import select
 import signal
 import socket
@@ -21,7 +22,7 @@ from relay.turn.channeldata import HEADER
 from tests.interop.needs import needs_programs
 from tests.netns import ip
 from tests.probes import scrape
-from tests.process import RelayProcess
+from tests.process import CHECKOUT, RelayProcess
 from tests.turnclient import TIMEOUT, TurnClient, TurnError
 from tests.xdpbed import needs_bpf
 from tests.xdpworld import (
@@ -51,7 +52,6 @@ every_family = pytest.mark.parametrize(("client_family", "peer_family"), ALL_FAM
 @pytest.fixture(scope="module", autouse=True)
 def _needs() -> None:
     needs_bpf()
-    needs_programs("ip")
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -468,6 +468,31 @@ def test_it_has_no_privileges_and_goes_with_the_process_however_that_ends(small:
         relay.process.kill()
         relay.process.wait()
         assert programs_at(small) == {}
+
+
+def test_the_capabilities_of_the_drop_in_are_enough(small: World) -> None:
+    """For a user who is not root, in a sandbox in which sysctls can only be read."""
+    needs_programs("setpriv", "unshare")
+    drop_in = (CHECKOUT / "contrib/systemd/xdp.conf").read_text()
+    (given,) = re.findall(r"^AmbientCapabilities=(.+)$", drop_in, re.MULTILINE)
+    capabilities = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in given.split())
+    confined = (
+        *("unshare", "--mount", "sh", "-c", 'mount -o bind,ro /proc/sys /proc/sys && exec "$@"'),
+        *("sh", "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"),
+        f"--bounding-set=-all,{capabilities}",
+        f"--inh-caps=-all,{capabilities}",
+        f"--ambient-caps=-all,{capabilities}",
+    )
+    with inside(small.relay):
+        for of in ("ipv4", "ipv6"):  # as the sysctl.d file does
+            Path(f"/proc/sys/net/{of}/conf/lo/forwarding").write_text("1")
+    with small.starts(prefix=confined) as relay, Ends(small, relay) as ends:
+        before = Counts.of(relay)
+        ends.exchange(b"by the kernel")
+        assert Counts.of(relay).up_by_xdp == before.up_by_xdp + 1
+        status = Path(f"/proc/{relay.pid}/status").read_text()
+        assert "\nCapEff:\t0000000000000000\n" in status
+        assert "\nUid:\t65534\t" in status
 
 
 def programs_at(world: World) -> dict[str, str]:
