@@ -75,7 +75,7 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     "offload": (("off", False), ("auto", True)),
     "copy-tos": (("off", "off"), ("on", "on")),
     "xdp": (("auto", "auto"), ("off", None)),
-    "xdp-device": (("eth0", ("eth0",)), ("ens5,wan:0", ("ens5", "wan:0"))),
+    "xdp-device": (("eth0", ("eth0",)), ("ens5,wan.7", ("ens5", "wan.7"))),
     "log-format": (("json", "json"), ("human", "human")),
     "log-level": (
         ("debug", {"": 10}),
