@@ -595,3 +595,62 @@ def test_the_longest_iteration_is_remembered_for_two_minutes(
 def test_run_returns_when_stopped(reactor: Reactor, clock: Clock) -> None:
     reactor.call_at(clock.now, reactor.stop)
     reactor.run()
+
+
+# --- Streams ---------------------------------------------------------------------------------
+
+
+def test_a_stream_can_be_waited_for_until_it_takes_more(reactor: Reactor, clock: Clock) -> None:
+    """Only while something waits to be written: else it would be ready in each iteration."""
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        calls: list[int] = []
+        reactor.register(near, lambda: calls.append(1))
+        turn(reactor, clock)
+        assert calls == []
+        reactor.watch(near, readable=True, writable=True)
+        turn(reactor, clock)
+        assert calls == [1]
+        reactor.watch(near, readable=True, writable=False)
+        far.send(b"x")
+        turn(reactor, clock)
+        assert calls == [1, 1]
+        reactor.watch(near, readable=False, writable=False)
+        turn(reactor, clock)
+        assert calls == [1, 1]
+
+
+def test_what_is_left_for_the_end_is_done_once_all_events_are_served(
+    reactor: Reactor, clock: Clock, bugs: list[Exception]
+) -> None:
+    """With what that leaves for the end; a bug in it is no reason to leave out the rest."""
+    near, far = socket.socketpair()
+    with near, far:
+        done: list[str] = []
+
+        def fails() -> None:
+            raise RuntimeError("a bug")
+
+        def at_end() -> None:
+            done.append("end")
+            reactor.call_at_end(lambda: done.append("end of the end"))
+
+        def on_readable() -> None:
+            near.recv(1)
+            reactor.call_at_end(fails)
+            reactor.call_at_end(at_end)
+            done.append("event")
+
+        reactor.register(near, on_readable)
+        far.send(b"x")
+        turn(reactor, clock)
+        turn(reactor, clock)
+        assert done == ["event", "end", "end of the end"]
+        assert [str(bug) for bug in bugs] == ["a bug"]
+
+
+def turn(reactor: Reactor, clock: Clock) -> None:
+    """Let the loop turn once, without waiting for anything."""
+    reactor.call_at(clock.now, lambda: None)
+    reactor.iterate()

@@ -12,6 +12,9 @@ can be registered to *come first*: in a crowd, such sources are served before th
 those that have more again in between, one after each of the others. So under overload they get
 half of all reads, however many ports are busy.
 
+A stream can also be waited for until it takes more (:meth:`Reactor.watch`). Its handler is the
+same: it is told nothing but that it is its turn, and knows itself what it waits for.
+
 Everything here runs in one thread. Other threads reach it through a
 :class:`relay.net.mailbox.Mailbox`, signals through :mod:`relay.net.signals`.
 """
@@ -76,6 +79,7 @@ class Reactor:
         self._deadlines: dict[Callback, float] = {}  # a handful
         self._next_deadline: float | None = None  # the earliest of them
         self._retired: list[Closable] = []
+        self._at_end: list[Callback] = []  # what is left for the end of this iteration
         self._stopped = False
         self.awake_since: float | None = None  # on the clock; None while it waits
         self.slow_iterations = 0  # how many took longer than SLOW_ITERATION
@@ -95,6 +99,14 @@ class Reactor:
             self._poll_of_first.register(fd, select.POLLIN)
             self._first.add(fd)
 
+    def watch(self, source: Closable, *, readable: bool, writable: bool) -> None:
+        """Wait for *source* to have something to read, or for room to write, or both.
+
+        With neither, its handler is called only once it is broken.
+        """
+        events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if writable else 0)
+        self._epoll.modify(source.fileno(), events)
+
     def retire(self, source: Closable) -> None:
         """Stop serving *source* at once, and close it after the present batch.
 
@@ -108,12 +120,18 @@ class Reactor:
         if fd in self._first:
             self._poll_of_first.unregister(fd)
             self._first.remove(fd)
+        if not self._retired:
+            self.call_at_end(self.close_retired)
         self._retired.append(source)
 
     def close_retired(self) -> None:
         """Close the retired sockets. Done after each batch; sooner if their ports are wanted."""
         while self._retired:
             self._retired.pop().close()
+
+    def call_at_end(self, callback: Callback) -> None:
+        """Call *callback* once, at the end of this iteration, when all events are served."""
+        self._at_end.append(callback)
 
     def call_at(self, deadline: float, callback: Callback) -> None:
         """Call *callback* at *deadline*, instead of when it was to be called before."""
@@ -159,8 +177,8 @@ class Reactor:
                 self._serve(fd)
         else:
             self._serve_crowd([fd for fd, _ in events])
-        if self._retired:
-            self.close_retired()
+        if self._at_end:
+            self._end_iteration()
         self.awake_since = None
         now = clock()
         if now - woke > LONG_ITERATION:
@@ -185,13 +203,22 @@ class Reactor:
         with suppress(OSError):
             self._epoll.close()
 
+    def _end_iteration(self) -> None:
+        """Call what was left for the end, and what that leaves for it."""
+        while self._at_end:
+            callbacks, self._at_end = self._at_end, []
+            self._call(callbacks)
+
     def _call_due(self, now: float) -> None:
         """Call what is due, earliest deadline first."""
         due = [callback for callback, deadline in self._deadlines.items() if deadline <= now]
         due.sort(key=self._deadlines.__getitem__)
         for callback in due:
             self.cancel(callback)
-        for callback in due:
+        self._call(due)
+
+    def _call(self, callbacks: list[Callback]) -> None:
+        for callback in callbacks:
             try:
                 callback()
             except Exception as error:  # noqa: BLE001 - one bug must not end everyone's calls
