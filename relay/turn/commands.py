@@ -7,18 +7,45 @@ makes each of them four times as dear (0.9 instead of 0.2 µs on CPython 3.11).
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NewType
+from typing import Any, Final, NamedTuple, NewType
 
 from relay.stun.address import Address
 from relay.stun.const import Family
 
-ClientAddress = NewType("ClientAddress", tuple[tuple[Any, ...], bytes])
+UDP: Final = "udp"
+
+
+class Connection(NamedTuple):
+    """A client's connection. No two ever have the same number.
+
+    Only between a client and the relay there are any: towards peers there is UDP. RFC 8656 §3.1.
+    """
+
+    transport: str  # "tcp" or "tls"
+    number: int
+
+
+ClientAddress = NewType("ClientAddress", tuple[tuple[Any, ...], bytes | Connection])
 """A client's side of its 5-tuple, and ours: ``(socket address, local address)``.
 
 The socket address is what the kernel reports and takes, beginning with host and port.
 The local address is the one of ours that the client wrote to, packed, or empty where
-the listening socket has just one. Compared and handed back whole.
+the listening socket has just one; or it is the client's connection, if it has one.
+Compared and handed back whole.
 """
+
+
+def connection_of(client: ClientAddress) -> Connection | None:
+    """Return the connection that a client has, or None if it speaks UDP."""
+    ours = client[1]
+    return ours if isinstance(ours, Connection) else None
+
+
+def transport_of(client: ClientAddress) -> str:
+    """Return how a client reaches the relay: "udp", "tcp" or "tls"."""
+    ours = client[1]
+    return ours.transport if isinstance(ours, Connection) else UDP
+
 
 PeerAddress = NewType("PeerAddress", Address)
 """A peer: host and port, without flow label or scope."""

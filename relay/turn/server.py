@@ -24,7 +24,14 @@ from relay.turn.admission import Admission
 from relay.turn.allocate import AllocationHandler
 from relay.turn.auth import Authenticator, AuthFailure
 from relay.turn.channels import ChannelHandler
-from relay.turn.commands import ClientAddress, Command, Drop, PeerAddress, PortFailure
+from relay.turn.commands import (
+    ClientAddress,
+    Command,
+    Drop,
+    PeerAddress,
+    PortFailure,
+    connection_of,
+)
 from relay.turn.peers import PeerPolicy
 from relay.turn.ports import FreePorts
 from relay.turn.ratelimit import RateLimiter
@@ -36,6 +43,7 @@ from relay.turn.tables import Tables
 # Units of work, for RateLimiter.
 ANSWER: Final = 1
 SIGNATURE: Final = 1  # to verify one costs about as much again
+CONNECTION: Final = {"tcp": 2, "tls": 20}  # to accept one, by transport; TLS with its handshake
 
 
 # Methods that others have. RFC 6062 §6.1
@@ -65,9 +73,9 @@ class Server:
         self._state = State(
             settings, peer_policy, self._tables, self._answers, commands=self._commands
         )
-        self._limiter = RateLimiter(
-            settings.unauthenticated_rate_per_prefix, settings.unauthenticated_rate
-        )
+        rates = settings.unauthenticated_rate_per_prefix, settings.unauthenticated_rate
+        # One for datagrams, one for connections: neither can use up what the other may ask for.
+        self._limiter, self._connection_limiter = RateLimiter(*rates), RateLimiter(*rates)
         self._admission = Admission(authenticator)
         self._allocations = AllocationHandler(self._state, randbelow)
         self._channels = ChannelHandler(self._state)
@@ -98,10 +106,14 @@ class Server:
             return Drop.CLIENT_RATE
         limiter, source = self._limiter, None
         proof = self._admission.proof_of_address(datagram, client)
-        if allocation is not None and proof is not None:
+        is_proven = proof is not None
+        if connection_of(client) is not None:
+            # Nobody opens a connection from a forged address.
+            limiter, is_proven = self._connection_limiter, True
+        if allocation is not None and is_proven:
             allocation.budget.spend(now)
         else:
-            source = limiter.source(client[0][0], is_proven=proof is not None)
+            source = limiter.source(client[0][0], is_proven=is_proven)
             over = limiter.refusal(source, now)
             if over is not None:
                 return over
@@ -123,6 +135,27 @@ class Server:
         key = self._admission.signing_key(message)
         self._serve(Request(message, client, key, now, unix_now, proof))
         return None
+
+    def handle_connected(self, client: ClientAddress, *, now: float) -> Drop | None:
+        """Let a client have a connection. Returns why it may not, or None."""
+        connection = connection_of(client)
+        assert connection is not None
+        limiter = self._connection_limiter
+        source = limiter.source(client[0][0], is_proven=True)
+        over = limiter.refusal(source, now)
+        if over is None:
+            limiter.count(source, CONNECTION[connection.transport], now)
+        return over
+
+    def handle_disconnected(self, client: ClientAddress) -> None:
+        """End what a client has whose connection has ended: it was the client's 5-tuple."""
+        allocation = self._tables.of_client(client)
+        if allocation is not None:
+            self._tables.delete(allocation)
+
+    def has_allocation(self, client: ClientAddress) -> bool:
+        """Tell if a client has an allocation, perhaps one that is about to expire."""
+        return self._tables.of_client(client) is not None
 
     def handle_port_opened(
         self, port: int, failures: Mapping[Family, PortFailure], *, now: float
@@ -151,9 +184,10 @@ class Server:
         """Go on with other settings. What exists already is not measured by them."""
         self._state.settings = settings
         self._answers.software = settings.software
-        self._limiter.set_rates(
-            settings.unauthenticated_rate_per_prefix, settings.unauthenticated_rate
-        )
+        for limiter in (self._limiter, self._connection_limiter):
+            limiter.set_rates(
+                settings.unauthenticated_rate_per_prefix, settings.unauthenticated_rate
+            )
 
     def change_peer_policy(self, peer_policy: PeerPolicy, *, now: float) -> None:
         """Go on with other rules, and unbind the channels that they forbid.
