@@ -173,6 +173,10 @@ class UdpDestination:
         """Send many datagrams, as :meth:`SegmentSender.send` does."""
         return self._segments.send(pieces, each, size, self._address, self._marks[tos])
 
+    def answer(self, message: bytes) -> None:
+        """Send what is no data: over UDP that is no different."""
+        self.send(message)
+
     def _transmit(self, datagram: memoryview | bytes, tos: int) -> None:
         """Send one datagram. Raises OSError."""
         self._sock.sendmsg((datagram,), self._marks[tos], 0, self._address)
