@@ -26,11 +26,12 @@ QUIET = Status(
     overflows=0,
     counters=Counters(),
     in_kernel=None,
+    connections=None,
 )
 
 
-def ask(port: int, path: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+def ask(port: int, path: str, host: str = "127.0.0.1") -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -39,9 +40,9 @@ def ask(port: int, path: str) -> tuple[int, bytes]:
         connection.close()
 
 
-def scrape(port: int) -> dict[Any, float]:
+def scrape(port: int, host: str = "127.0.0.1") -> dict[Any, float]:
     """Return the value of each sample by name, with its labels' values if it has any."""
-    _, text = ask(port, "/metrics")
+    _, text = ask(port, "/metrics", host)
     metrics: dict[Any, float] = {}
     for family in text_string_to_metric_families(text.decode()):
         for sample in family.samples:

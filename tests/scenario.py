@@ -23,16 +23,18 @@ from relay.datapath.datapath import DataPath
 from relay.datapath.destination import Pieces
 from relay.datapath.workspace import Workspace
 from relay.net.icmp import Icmp, TakeError
+from relay.net.streams import Then
 from relay.net.udp import Receiver
 from relay.observe.counters import Counters
 from relay.stun import integrity
-from relay.stun.address import Address, family_of
+from relay.stun.address import Address, family_of, format_endpoint
 from relay.stun.attributes import Attr, Attribute
 from relay.stun.const import UDP_PROTOCOL, Family, Kind, Method
 from relay.stun.message import Message, Received, decode
 from relay.turn.auth import Authenticator
 from relay.turn.channeldata import HEADER, RFC8656_NUMBERS
 from relay.turn.commands import ClientAddress, PeerAddress
+from relay.turn.framing import PADDING
 from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server
 from relay.turn.settings import Settings
@@ -130,6 +132,10 @@ class Scenario:
     def client(self, address: str, user: str = "", expiry: int = FOREVER) -> "Client":
         """A client with credentials of its own, or of *user*, that never expire."""
         return Client(self, parse(address), user or address, expiry)
+
+    def stream_client(self, address: str, user: str = "", transport: str = "tcp") -> "StreamClient":
+        """A client that has just opened a connection."""
+        return StreamClient(self, parse(address), user or address, transport)
 
     def peer(self, address: str) -> "Peer":
         return Peer(self, PeerAddress(parse(address)))
@@ -240,6 +246,10 @@ class Client:
             self._nonce = nonce
         return self._nonce
 
+    def use_nonce(self, nonce: bytes) -> None:
+        """Go on with a nonce that another client got."""
+        self._nonce = nonce
+
     def allocates(self, *attributes: "Value", lifetime: int | None = None) -> Self:
         """Allocate, successfully."""
         if lifetime is not None:
@@ -319,6 +329,49 @@ class Client:
 
     def sends_data(self, number: int, payload: bytes, padding: bytes = b"") -> None:
         self.sends(channel_data(number, payload) + padding)
+
+
+class StreamClient(Client):
+    """A TURN client with a connection, which it opens at once."""
+
+    def __init__(self, relay: Scenario, address: Address, user: str, transport: str) -> None:
+        super().__init__(relay, address, user, FOREVER)
+        self.stream = FakeStream(self.address[0], transport, relay.network)
+        self._side = relay.datapath.stream_clients
+        client = self._side.on_connected(self.stream)  # type: ignore[arg-type]
+        self.is_refused = client is None
+        if client is not None:
+            self.address = self.stream.client = client
+        self._view = memoryview(bytearray(1 << 18))
+        self._unserved = b""
+        self.then = Then.MORE  # what the relay said last
+
+    def sends(self, datagram: bytes) -> None:
+        """Send a message, with its padding, in one piece."""
+        self.streams(datagram + PADDING[len(datagram) % 4])
+
+    def streams(self, data: bytes) -> None:
+        """Send bytes of the stream. Raises Broken."""
+        received = self._unserved + data
+        self._view[: len(received)] = received
+        served, self.then = self._side.on_stream(self.address, self._view, len(received))
+        self._unserved = received[served:]
+        self._relay.server.check()
+
+    def has_its_turns(self) -> None:
+        """Let the relay go on with what waits only for the others."""
+        while self.then is Then.AGAIN:
+            self.streams(b"")
+
+    @property
+    def unserved(self) -> int:
+        """How many bytes of what it has sent wait to be served."""
+        return len(self._unserved)
+
+    def disconnects(self) -> None:
+        """Close the connection."""
+        self._side.on_disconnected(self.address)
+        self._relay.server.check()
 
 
 class Peer:
@@ -413,6 +466,11 @@ def channel_data(number: int, payload: bytes) -> bytes:
 
 def to(client: Client, datagram: bytes) -> "ToClient":
     return ToClient(client.address, datagram)
+
+
+def spelled(address: Address) -> str:
+    """Write ``192.0.2.1:3478`` or ``[2001:db8::1]:3478``."""
+    return format_endpoint(*address)
 
 
 def parse(address: str) -> Address:
@@ -543,6 +601,9 @@ class FakeDestination:
         self._network.sent.append(self._arrive(bytes(datagram)))
         return True
 
+    def answer(self, message: bytes) -> None:
+        self.send(message)
+
     def send_whole(self, datagram: memoryview | bytes, tos: int = 0) -> bool:
         is_sent = self.send(datagram, tos)
         if is_sent:
@@ -562,6 +623,21 @@ class FakeDestination:
         network.sent += map(self._arrive, datagrams)
         network.tos += [tos] * len(datagrams)
         return len(datagrams)
+
+
+class FakeStream(FakeDestination):
+    """A connection as the relay sees it."""
+
+    def __init__(self, address: tuple[Any, ...], transport: str, network: Network) -> None:
+        super().__init__(network, self._arrives)
+        self.address = address
+        self.transport = transport
+        self.client: ClientAddress | None = None
+        self.is_clogged = False
+
+    def _arrives(self, message: bytes) -> ToClient:
+        assert self.client is not None
+        return ToClient(self.client, message)
 
 
 def _address(peer: Peer | Address) -> Address:

@@ -45,14 +45,26 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
     ),
     "relay.config": (
         "relay.net.addresses",
+        "relay.net.tls",
         "relay.portal.endpoint",
         "relay.turn.channeldata",
         "relay.turn.users",
         "relay.stun.address",
         "relay.version",
     ),
-    "relay.config.model": ("relay.stun.address", "relay.stun.const", "relay.turn.users"),
-    "relay.datapath": ("relay.observe.counters", "relay.net.udp", "relay.turn", "relay.stun"),
+    "relay.config.model": (
+        "relay.net.tls",
+        "relay.stun.address",
+        "relay.stun.const",
+        "relay.turn.users",
+    ),
+    "relay.datapath": (
+        "relay.observe.counters",
+        "relay.net.streams",
+        "relay.net.udp",
+        "relay.turn",
+        "relay.stun",
+    ),
     "relay.xdp": (
         "relay.observe.counters",
         "relay.net.addresses",
@@ -77,7 +89,13 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
 
 # What is pure: bytes, time and randomness are handed in. It may import what is pure itself,
 # and this of the standard library: no socket, clock, thread, file or randomness.
-PURE: Final = ("relay.stun", "relay.turn", "relay.net.netlink", "relay.portal.phoenix")
+PURE: Final = (
+    "relay.stun",
+    "relay.turn",
+    "relay.net.netlink",
+    "relay.net.proxyprotocol",
+    "relay.portal.phoenix",
+)
 PURE_MAY_IMPORT: Final = (
     "array",
     "base64",

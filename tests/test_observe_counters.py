@@ -3,8 +3,7 @@
 import pytest
 
 from relay.observe.counters import Counters
-from relay.stun.address import Address, format_endpoint
-from tests.scenario import Client, Peer, Scenario
+from tests.scenario import Client, Peer, Scenario, spelled
 
 SILENT = "198.51.100.9:9000"
 
@@ -70,7 +69,3 @@ def test_counting_starts_at_nothing() -> None:
 
     assert not any((counters.to_peer, counters.to_client, counters.batches, counters.dropped))
     assert counters.bugs == 0
-
-
-def spelled(address: Address) -> str:
-    return format_endpoint(*address)

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.observe.counters import Counters, InKernel, Relayed
+from relay.observe.counters import Connections, Counters, InKernel, Relayed
 from relay.observe.exposition import STUCK_AFTER, RelayCollector
 from tests.probes import QUIET
 
@@ -145,10 +145,10 @@ def test_relayed_datagrams_and_bytes_are_exported_by_direction(relay: Relay) -> 
 
     found = relay.scrape()
 
-    assert found["relay_relayed_packets_total", "sockets,client_to_peer"] == 4
-    assert found["relay_relayed_bytes_total", "sockets,client_to_peer"] == 300
-    assert found["relay_relayed_packets_total", "sockets,peer_to_client"] == 2
-    assert found["relay_relayed_bytes_total", "sockets,peer_to_client"] == 2600
+    assert found["relay_relayed_packets_total", "sockets,client_to_peer,udp"] == 4
+    assert found["relay_relayed_bytes_total", "sockets,client_to_peer,udp"] == 300
+    assert found["relay_relayed_packets_total", "sockets,peer_to_client,udp"] == 2
+    assert found["relay_relayed_bytes_total", "sockets,peer_to_client,udp"] == 2600
 
 
 def test_sizes_of_both_directions_are_one_histogram(relay: Relay) -> None:
@@ -158,8 +158,8 @@ def test_sizes_of_both_directions_are_one_histogram(relay: Relay) -> None:
     found = relay.scrape()
 
     assert buckets(found, "relay_packet_size_bytes") == [4, 5, 5, 5, 5, 5, 6, 8]
-    assert found["relay_packet_size_bytes_count", "sockets"] == 8
-    assert found["relay_packet_size_bytes_sum", "sockets"] == 65507 + 1501 + 1500 + 65 + 3 * 64
+    assert found["relay_packet_size_bytes_count", "sockets,udp"] == 8
+    assert found["relay_packet_size_bytes_sum", "sockets,udp"] == 65507 + 1501 + 1500 + 65 + 3 * 64
 
 
 def test_batches_and_single_datagrams_are_one_histogram(relay: Relay) -> None:
@@ -203,14 +203,14 @@ def test_what_the_kernel_relays_is_told_apart(relay: Relay) -> None:
 
     found = relay.scrape()
 
-    assert found["relay_relayed_packets_total", "sockets,client_to_peer"] == 2
-    assert found["relay_relayed_packets_total", "xdp,client_to_peer"] == 2
-    assert found["relay_relayed_bytes_total", "xdp,client_to_peer"] == 100
-    assert found["relay_relayed_packets_total", "xdp,peer_to_client"] == 1
-    assert found["relay_relayed_bytes_total", "xdp,peer_to_client"] == 2000
+    assert found["relay_relayed_packets_total", "sockets,client_to_peer,udp"] == 2
+    assert found["relay_relayed_packets_total", "xdp,client_to_peer,udp"] == 2
+    assert found["relay_relayed_bytes_total", "xdp,client_to_peer,udp"] == 100
+    assert found["relay_relayed_packets_total", "xdp,peer_to_client,udp"] == 1
+    assert found["relay_relayed_bytes_total", "xdp,peer_to_client,udp"] == 2000
     sizes = buckets(found, "relay_packet_size_bytes")
     assert sizes == [1, 1, 1, 1, 1, 1, 1, 2, *[2] * 7, 3]
-    assert found["relay_packet_size_bytes_sum", "xdp"] == 2100
+    assert found["relay_packet_size_bytes_sum", "xdp,udp"] == 2100
     assert found["relay_train_length_count", ""] == 2  # the kernel hands nothing to itself
     assert found["relay_xdp_attached", "eth0,native"] == 1
     assert found["relay_xdp_attached", "eth1,no"] == 0
@@ -248,12 +248,45 @@ def test_what_another_thread_counts_meanwhile_is_consistent(relay: Relay) -> Non
     for before, after in pairwise(scrapes):
         assert [key for key in before if after[key] < before[key]] == []
     for found in scrapes:
-        everything = found["relay_packet_size_bytes_bucket", "sockets,+Inf"]
-        assert found["relay_packet_size_bytes_bucket", "sockets,1500.0"] == everything
+        everything = found["relay_packet_size_bytes_bucket", "sockets,+Inf,udp"]
+        assert found["relay_packet_size_bytes_bucket", "sockets,1500.0,udp"] == everything
         assert everything == (
-            found["relay_relayed_packets_total", "sockets,client_to_peer"]
-            + found["relay_relayed_packets_total", "sockets,peer_to_client"]
+            found["relay_relayed_packets_total", "sockets,client_to_peer,udp"]
+            + found["relay_relayed_packets_total", "sockets,peer_to_client,udp"]
         )
+
+
+def test_what_comes_over_connections_is_told_apart(relay: Relay) -> None:
+    relay.counters.to_peer.update({100: 1})
+    relay.counters.by_transport["tls"].to_peer.update({100: 2})
+    relay.counters.by_transport["tcp"].to_client.update({10: 3})
+    connections = Connections(
+        open={"tcp": 1, "tls": 2},
+        accepted={"tcp": 5, "tls": 6},
+        ended={"idle": 4},
+        queued=1000,
+        certificate_expires=1.5e9,
+    )
+    relay.status = replace(relay.status, connections=connections)
+
+    found = relay.scrape()
+
+    assert found["relay_relayed_bytes_total", "sockets,client_to_peer,udp"] == 100
+    assert found["relay_relayed_bytes_total", "sockets,client_to_peer,tls"] == 200
+    assert found["relay_relayed_packets_total", "sockets,peer_to_client,tcp"] == 3
+    assert found["relay_packet_size_bytes_count", "sockets,tcp"] == 3
+    assert found["relay_connections", "tls"] == 2
+    assert found["relay_connections_accepted_total", "tcp"] == 5
+    assert found["relay_connections_ended_total", "idle"] == 4
+    assert found["relay_connections_queued_bytes", ""] == 1000
+    assert found["relay_tls_certificate_expiry_timestamp_seconds", ""] == 1.5e9
+
+
+def test_without_connections_there_are_no_metrics_of_them(relay: Relay) -> None:
+    text = relay.text()
+    assert "relay_connections" not in text
+    assert "tls" not in text
+    assert "tcp" not in text
 
 
 # --- The format -----------------------------------------------------------------------------
@@ -266,6 +299,7 @@ def test_nothing_is_labelled_by_what_a_client_chose(relay: Relay) -> None:
     assert labels <= {
         *("method", "code", "direction", "datapath", "reason", "le", "version", "python"),
         *("device", "mode"),  # which the operator chose
+        "transport",
     }
 
 

@@ -407,12 +407,12 @@ def test_metrics_move_while_calls_run() -> None:
     assert metrics["relay_responses_total", "allocate", "success"] == 1
     assert metrics["relay_responses_total", "allocate", "401"] == 1
     assert metrics["relay_responses_total", "binding", "success"] == 1
-    assert metrics["relay_relayed_bytes_total", "client_to_peer", "sockets"] == 4
-    assert metrics["relay_relayed_bytes_total", "peer_to_client", "sockets"] == 6
-    assert metrics["relay_relayed_packets_total", "client_to_peer", "sockets"] == 1
+    assert metrics["relay_relayed_bytes_total", "udp", "client_to_peer", "sockets"] == 4
+    assert metrics["relay_relayed_bytes_total", "udp", "peer_to_client", "sockets"] == 6
+    assert metrics["relay_relayed_packets_total", "udp", "client_to_peer", "sockets"] == 1
     assert metrics["relay_dropped_packets_total", "unbound_channel"] == 1
     assert metrics["relay_dropped_packets_total", "send_enobufs"] == 0
-    assert metrics["relay_packet_size_bytes_count", "sockets"] == 2
+    assert metrics["relay_packet_size_bytes_count", "udp", "sockets"] == 2
     assert metrics["relay_ready"] == 1
     assert "relay_portal_connected" not in metrics
 

@@ -259,10 +259,10 @@ def settled_metrics(http: int, pair: Pair) -> dict[Any, float]:
     """Wait for the end of what must expire, and return metrics from after that."""
     deadline = time.monotonic() + TIMEOUT
     while True:
-        said = scrape(http)["relay_packet_size_bytes_count", "sockets"]
+        said = scrape(http)["relay_packet_size_bytes_count", "udp", "sockets"]
         pair.exchanges()
         # The same is said for a second: only with these datagrams it is what is now.
-        while (metrics := scrape(http))["relay_packet_size_bytes_count", "sockets"] == said:
+        while (metrics := scrape(http))["relay_packet_size_bytes_count", "udp", "sockets"] == said:
             pass
         if metrics["relay_allocations"] == ALLOCATIONS:
             return metrics

@@ -43,8 +43,8 @@ def relays_by_sockets(world: World, relay: RelayProcess) -> None:
         assert client.receives() == (0x4001, b"down")
     with inside(world.relay):
         metrics = scrape(HTTP)
-    assert metrics["relay_relayed_packets_total", "client_to_peer", "sockets"] == 1
-    assert metrics["relay_relayed_packets_total", "peer_to_client", "sockets"] == 1
+    assert metrics["relay_relayed_packets_total", "udp", "client_to_peer", "sockets"] == 1
+    assert metrics["relay_relayed_packets_total", "udp", "peer_to_client", "sockets"] == 1
     assert metrics["relay_xdp_routes"] == 0
     for device in world.devices:
         assert metrics["relay_xdp_attached", "no", device] == 0

@@ -521,11 +521,11 @@ def test_metrics_tell_who_relays(small: World) -> None:
         ("client_to_peer", counts.up_by_sockets, counts.up_by_xdp),
         ("peer_to_client", counts.down_by_sockets, counts.down_by_xdp),
     ):
-        assert metrics["relay_relayed_packets_total", direction, "sockets"] == by_sockets
-        assert metrics["relay_relayed_packets_total", direction, "xdp"] == by_xdp
-    assert metrics["relay_packet_size_bytes_bucket", "64.0", "xdp"] <= 2
-    assert metrics["relay_packet_size_bytes_bucket", "128.0", "xdp"] >= 4
-    assert metrics["relay_relayed_bytes_total", "peer_to_client", "xdp"] >= 200
+        assert metrics["relay_relayed_packets_total", "udp", direction, "sockets"] == by_sockets
+        assert metrics["relay_relayed_packets_total", "udp", direction, "xdp"] == by_xdp
+    assert metrics["relay_packet_size_bytes_bucket", "udp", "64.0", "xdp"] <= 2
+    assert metrics["relay_packet_size_bytes_bucket", "udp", "128.0", "xdp"] >= 4
+    assert metrics["relay_relayed_bytes_total", "udp", "peer_to_client", "xdp"] >= 200
 
 
 @pytest.mark.parametrize("make", [behind_a_router, on_one_link])

@@ -9,7 +9,7 @@ from relay.datapath.relayport import RelayPorts
 from relay.datapath.routes import Routes
 from relay.datapath.workspace import FRAME_AT, PAYLOAD_AT, Prefixes, Workspace
 from relay.turn.channeldata import HEADER, HEADER_SIZE, parse
-from relay.turn.commands import ClientAddress, Drop
+from relay.turn.commands import ClientAddress, Drop, transport_of
 from relay.turn.indications import SEND, USUAL_START, Peer, parse_send
 
 # STUN over UDP stays below the MTU (RFC 8489 §6.1); longer messages only cost time to read.
@@ -45,13 +45,15 @@ class ClientSide:
         self._payloads = workspace.payloads
         self._sent_payloads = Prefixes(self._view[USUAL_START:])
         self._sizes = workspace.counters.to_peer
+        self._by_transport = workspace.counters.by_transport
         self._to_peer = routes.to_peer
         self._permitted = routes.permitted
         self._reach_permitted = routes.reach_permitted
         self._ports = ports
         self._on_request = on_request
         self._refuse_send = refuse_send
-        self._last_channel_byte = channel_numbers[-1] >> 8
+        self.last_channel = channel_numbers[-1]
+        self._last_channel_byte = self.last_channel >> 8
 
     def on_datagram(self, size: int, client: ClientAddress, tos: int = 0) -> None:
         """Serve a datagram of *size* bytes."""
@@ -63,7 +65,7 @@ class ClientSide:
                     self._sizes[length] += 1
                 return
             if number == SEND:
-                self._on_send(size, client, tos)
+                self.relay_send(self._view, size, client, tos)
                 return
         self._on_other(size, client)
 
@@ -110,13 +112,13 @@ class ClientSide:
         self._workspace.count_many(self._sizes, sent, payloads, length)
         return sent
 
-    def _on_send(self, size: int, client: ClientAddress, tos: int) -> None:
-        """Relay a Send indication. RFC 8656 §11.2."""
+    def relay_send(self, view: memoryview, size: int, client: ClientAddress, tos: int = 0) -> None:
+        """Relay the Send indication in the first *size* bytes. RFC 8656 §11.2."""
         permitted = self._permitted.get(client)
         if permitted is None:
             self._workspace.drop(self._refuse_send())
             return
-        send = parse_send(self._view, size)
+        send = parse_send(view, size)
         if send is None:
             self._workspace.drop(Drop.MALFORMED_STUN)
             return
@@ -124,12 +126,12 @@ class ClientSide:
         way = permitted.reached.get(peer) or self._reach(permitted, peer)
         if way is None:
             return
-        if start == USUAL_START:
+        if start == USUAL_START and view is self._view:
             payload = self._sent_payloads[length]
         else:
-            payload = self._view[start : start + length]
+            payload = view[start : start + length]
         if way.send_whole(payload, tos) if dont_fragment else way.send(payload, tos):
-            self._sizes[length] += 1
+            self._by_transport[transport_of(client)].to_peer[length] += 1
 
     def _send_many(self, size: int, segment: int, client: ClientAddress, tos: int) -> int:
         """Relay Send indications that are alike; return how many of them were, from the first on.

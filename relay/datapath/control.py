@@ -70,6 +70,19 @@ class Control:
             self._carry_out()
         return drop
 
+    def on_connected(self, client: ClientAddress) -> Drop | None:
+        """Have a client that has opened a connection; return why it may not, or None."""
+        return self._server.handle_connected(client, now=self._timers.clock())
+
+    def on_disconnected(self, client: ClientAddress) -> None:
+        """End what a client has whose connection has ended."""
+        self._server.handle_disconnected(client)
+        self._carry_out()
+
+    def has_allocation(self, client: ClientAddress) -> bool:
+        """Tell if a client has an allocation."""
+        return self._server.has_allocation(client)
+
     def on_timeout(self) -> None:
         """Let the server end what is due."""
         try:
@@ -87,7 +100,7 @@ class Control:
         while (command := self._server.next_command()) is not None:
             match command:
                 case SendMessage():
-                    self._reach_client(command.to).send(command.message)
+                    self._reach_client(command.to).answer(command.message)
                 case OpenPort():
                     self._open(command.port, command.families)
                 case ClosePort():

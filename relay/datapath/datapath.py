@@ -4,10 +4,13 @@ from collections.abc import Callable, Mapping
 
 from relay.datapath.clientside import ClientSide
 from relay.datapath.control import Control, Timers
+from relay.datapath.destination import ClientDestination
 from relay.datapath.relayport import OpenSocket, RelayPorts
 from relay.datapath.routes import ReachClient, Routes
+from relay.datapath.streamside import StreamSide
 from relay.datapath.workspace import Workspace
 from relay.stun.const import Family
+from relay.turn.commands import ClientAddress
 from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server
 
@@ -31,18 +34,22 @@ class DataPath:
     ) -> None:
         """Connect *server* with what sends and receives.
 
+        ``reach_client(client)`` returns how a client is reached that speaks UDP.
         ``is_relay_host(host)`` tells if relay ports send from *host*.
         """
+        self._reach_by_udp = reach_client
         self.ports = RelayPorts(workspace, open_socket, is_relay_host, timers.clock)
         self.routes = Routes(
             workspace,
             self.ports,
-            reach_client,
+            self._reach_client,
             public_hosts,
             relay_ports,
             server.reaches_outside,
         )
-        self.control = Control(server, self.ports, self.routes, reach_client, timers, unix_clock)
+        self.control = Control(
+            server, self.ports, self.routes, self._reach_client, timers, unix_clock
+        )
         self.clients = ClientSide(
             workspace,
             self.routes,
@@ -51,6 +58,12 @@ class DataPath:
             server.refuse_send,
             channel_numbers,
         )
+        self.stream_clients = StreamSide(workspace, self.routes, self.control, self.clients)
+
+    def _reach_client(self, client: ClientAddress) -> ClientDestination:
+        if type(client[1]) is bytes:
+            return self._reach_by_udp(client)
+        return self.stream_clients.reach(client)
 
     def change_peer_policy(self, peer_policy: PeerPolicy) -> None:
         """Go on with other rules; channels that they forbid relay nothing from here on."""

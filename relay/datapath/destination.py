@@ -24,6 +24,13 @@ class Destination(Protocol):
         """
 
 
+class ClientDestination(Destination, Protocol):
+    """A client."""
+
+    def answer(self, message: bytes, /) -> None:
+        """Send what the relay itself says: an answer to a request."""
+
+
 class PeerDestination(Destination, Protocol):
     """A peer, as it is reached from a relay port."""
 

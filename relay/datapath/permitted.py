@@ -33,13 +33,21 @@ class Permitted:
     )
 
     def __init__(
-        self, port: int, workspace: Workspace, client: Destination, clock: Callable[[], float]
+        self,
+        port: int,
+        workspace: Workspace,
+        client: Destination,
+        sizes: dict[int, int],
+        clock: Callable[[], float],
     ) -> None:
-        """Begin with nobody. *clock* tells monotonic seconds."""
+        """Begin with nobody. What is relayed to *client* counts in *sizes*.
+
+        *clock* tells monotonic seconds.
+        """
         self.port = port
         self._workspace = workspace
         self._buffer = workspace.buffer
-        self._sizes = workspace.counters.to_client
+        self._sizes = sizes
         self._client = client
         self._clock = clock
         self._hosts: set[str] = set()

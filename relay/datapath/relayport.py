@@ -10,7 +10,7 @@ from relay.net.udp import Receiver
 from relay.stun.address import Address, family_of
 from relay.stun.const import Family
 from relay.turn.channeldata import HEADER, HEADER_SIZE
-from relay.turn.commands import Drop, PeerAddress
+from relay.turn.commands import ClientAddress, Drop, PeerAddress, transport_of
 from relay.turn.indications import Icmp
 
 _pack, _pack_into = HEADER.pack, HEADER.pack_into
@@ -103,9 +103,16 @@ class RelayPort:
         """Return how to send to a peer from here."""
         return self._sockets[family_of(peer[0])].reach(peer)
 
-    def bind(self, peer: PeerAddress, number: int, reach_client: Callable[[], Destination]) -> None:
+    def serve(
+        self, client: ClientAddress, reach_client: Callable[[ClientAddress], Destination]
+    ) -> None:
+        """Relay to *client*, whose allocation it is."""
+        if self._client is None:
+            self._client = reach_client(client)
+            self._sizes = self._workspace.counters.by_transport[transport_of(client)].to_client
+
+    def bind(self, peer: PeerAddress, number: int) -> None:
         """Relay what *peer* sends to the client, as that *number*'s ChannelData."""
-        self._client = self._client or reach_client()
         self._routes[peer] = number
         self._sockets[family_of(peer[0])].look_for_marks()
 
@@ -113,14 +120,14 @@ class RelayPort:
         """Relay nothing from *peer* any more."""
         del self._routes[peer]
 
-    def permit(
-        self, hosts: list[str], reach_client: Callable[[], Destination], *, reports_errors: bool
-    ) -> Permitted:
+    def permit(self, hosts: list[str], *, reports_errors: bool) -> Permitted:
         """Relay what comes from any port of *hosts*, and return by what that is known."""
         permitted = self._permitted
         if permitted is None:
-            self._client = self._client or reach_client()
-            permitted = Permitted(self.number, self._workspace, self._client, self._clock)
+            assert self._client is not None
+            permitted = Permitted(
+                self.number, self._workspace, self._client, self._sizes, self._clock
+            )
             self._permitted = permitted
         permitted.permit(hosts)
         for sock in self._sockets.values():

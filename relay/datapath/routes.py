@@ -5,10 +5,9 @@ routes (a program in the kernel, say) is told of each change in the same place.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Protocol
 
-from relay.datapath.destination import Destination, PeerDestination
+from relay.datapath.destination import ClientDestination, Destination, PeerDestination
 from relay.datapath.hairpin import Hairpin
 from relay.datapath.permitted import Permitted
 from relay.datapath.relayport import RelayPort, RelayPorts
@@ -27,7 +26,7 @@ from relay.turn.commands import (
 )
 from relay.turn.indications import Peer, address_of
 
-ReachClient = Callable[[ClientAddress], Destination]
+ReachClient = Callable[[ClientAddress], ClientDestination]
 """Returns how a client is reached."""
 
 ReachesOutside = Callable[[PeerAddress], bool | None]
@@ -80,9 +79,9 @@ class Routes:
 
     def bind(self, bind: BindChannel) -> None:
         """Relay between a client's channel and a peer, both ways."""
-        reach_client = partial(self._reach_client, bind.client)
-        self._ports[bind.port].bind(bind.peer, bind.number, reach_client)
         port = self._ports[bind.port]
+        port.serve(bind.client, self._reach_client)
+        port.bind(bind.peer, bind.number)
         self.to_peer[bind.client, bind.number] = self._reach_peer(
             port, bind.peer, reaches_outside=bind.reaches_outside
         )
@@ -98,10 +97,10 @@ class Routes:
 
     def install(self, install: InstallPermissions) -> None:
         """Relay between a client and any port of some hosts by indications."""
-        self.permitted[install.client] = self._ports[install.port].permit(
-            install.hosts,
-            partial(self._reach_client, install.client),
-            reports_errors=install.reports_errors,
+        port = self._ports[install.port]
+        port.serve(install.client, self._reach_client)
+        self.permitted[install.client] = port.permit(
+            install.hosts, reports_errors=install.reports_errors
         )
         for watcher in self.watchers:
             watcher.permitted(install)

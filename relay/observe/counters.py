@@ -7,25 +7,40 @@ from typing import Final
 
 QUEUE_FULL: Final = "receive_queue_full"  # how datagrams count that came when a queue was full
 
+UDP: Final = "udp"
+STREAM_TRANSPORTS: Final = ("tcp", "tls")
+TRANSPORTS: Final = (UDP, *STREAM_TRANSPORTS)  # between clients and the relay
+
 # Upper bounds of the classes by which datagrams are counted, in bytes of payload. The program in
 # the kernel (relay/xdp) has the same, and one class for what is larger.
 PACKET_SIZES: Final = (64, 128, 256, 512, 1024, 1280, 1500)
 
 
-class Counters:
-    """The relay's counters since it started.
+class Sizes:
+    """Datagrams relayed for the clients of one transport, by the size of their payload in bytes.
 
-    Relayed datagrams are counted by the size of their payload, in bytes: how many there were,
-    how many bytes they had and how their sizes are distributed all follow from that, and it
-    is one addition per datagram, or per call that sends many equal ones.
+    How many there were, how many bytes they had and how their sizes are distributed all follow from
+    that, and it is one addition per datagram, or per call that sends many equal ones.
     """
 
-    __slots__ = ("batches", "bugs", "dropped", "to_client", "to_peer")
+    __slots__ = ("to_client", "to_peer")
+
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self.to_peer: defaultdict[int, int] = defaultdict(int)  # sent on to peers
+        self.to_client: defaultdict[int, int] = defaultdict(int)  # sent on to clients
+
+
+class Counters:
+    """The relay's counters since it started."""
+
+    __slots__ = ("batches", "bugs", "by_transport", "dropped", "to_client", "to_peer")
 
     def __init__(self, known_drops: Iterable[str] = ()) -> None:
         """Begin at zero. *known_drops* are reasons to report before they are counted."""
-        self.to_peer: defaultdict[int, int] = defaultdict(int)  # sent on to peers, by size
-        self.to_client: defaultdict[int, int] = defaultdict(int)  # sent on to clients, by size
+        self.by_transport = {transport: Sizes() for transport in TRANSPORTS}
+        self.to_peer = self.by_transport[UDP].to_peer  # where no look-up is to be paid for
+        self.to_client = self.by_transport[UDP].to_client
         # How often two or more datagrams were handed to the kernel at once, by how many.
         self.batches: defaultdict[int, int] = defaultdict(int)
         # Datagrams neither relayed nor answered, by reason. Those that found a queue full are not
@@ -55,6 +70,17 @@ class InKernel:
 
 
 NOT_ATTACHED: Final = "no"
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """The connections of clients over TCP and TLS, at one moment and since the start."""
+
+    open: Mapping[str, int]  # by transport
+    accepted: Mapping[str, int]  # likewise
+    ended: Mapping[str, int]  # by reason
+    queued: int  # bytes that wait for clients
+    certificate_expires: float | None  # Unix time; None: there is no TLS
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from relay.observe.counters import (
     NOT_ATTACHED,
     PACKET_SIZES,
     QUEUE_FULL,
+    UDP,
+    Connections,
     Counters,
     InKernel,
     Relayed,
@@ -49,6 +51,7 @@ class Status:
     overflows: int  # datagrams that found the queue of a socket full
     counters: Counters  # the reactor writes them meanwhile: read copies
     in_kernel: InKernel | None  # None: nothing is to be relayed there
+    connections: Connections | None  # None: neither TCP nor TLS
 
     @property
     def stuck(self) -> str | None:
@@ -83,8 +86,9 @@ class RelayCollector(Collector):
         yield from self._state(status)
         yield from self._portal(status)
         yield from self._requests(status)
-        yield from self._data(status.counters, status.overflows, status.in_kernel)
+        yield from self._data(status)
         yield from self._kernel(status.in_kernel)
+        yield from self._streams(status.connections)
 
     def _state(self, status: Status) -> Iterator[Metric]:
         build = GaugeMetricFamily(
@@ -168,43 +172,53 @@ class RelayCollector(Collector):
             status.refused_peers,
         )
 
-    def _data(
-        self, counters: Counters, overflows: int, in_kernel: InKernel | None
-    ) -> Iterator[Metric]:
+    def _data(self, status: Status) -> Iterator[Metric]:
+        counters, in_kernel = status.counters, status.in_kernel
         # Copying a dict of numbers is one step for the other threads. Batches go first: their
         # datagrams are then among those relayed.
         batches = dict(counters.batches)
-        by_sockets: dict[str, Sequence[Relayed]] = {
-            "client_to_peer": _by_class(dict(counters.to_peer)),
-            "peer_to_client": _by_class(dict(counters.to_client)),
-        }
-        relayed = {"sockets": by_sockets}
+        relayed: dict[tuple[str, str], dict[str, Sequence[Relayed]]] = {}
+        for transport, by_size in counters.by_transport.items():
+            if transport == UDP or status.connections is not None:
+                relayed["sockets", transport] = {
+                    "client_to_peer": _by_class(dict(by_size.to_peer)),
+                    "peer_to_client": _by_class(dict(by_size.to_client)),
+                }
+        sent = sum(
+            each.datagrams
+            for directions in relayed.values()
+            for classes in directions.values()
+            for each in classes
+        )
         if in_kernel is not None:
-            relayed["xdp"] = {
+            relayed["xdp", UDP] = {
                 "client_to_peer": in_kernel.to_peer,
                 "peer_to_client": in_kernel.to_client,
             }
         payload = CounterMetricFamily(
             "relay_relayed_bytes_total",
             "Payload relayed, in bytes, without the headers of ChannelData, UDP and IP.",
-            labels=("direction", "datapath"),
+            labels=("direction", "datapath", "transport"),
         )
         datagrams = CounterMetricFamily(
-            "relay_relayed_packets_total", "Datagrams relayed.", labels=("direction", "datapath")
+            "relay_relayed_packets_total",
+            "Datagrams relayed, by the transport between client and relay, and where that is done.",
+            labels=("direction", "datapath", "transport"),
         )
         sizes = HistogramMetricFamily(
             "relay_packet_size_bytes",
             "Payload of the datagrams relayed in either direction, in bytes.",
-            labels=("datapath",),
+            labels=("datapath", "transport"),
         )
-        for datapath, directions in relayed.items():
+        for where, directions in relayed.items():
             for direction, classes in directions.items():
-                payload.add_metric((direction, datapath), sum(each.bytes for each in classes))
-                datagrams.add_metric((direction, datapath), sum(each.datagrams for each in classes))
+                labels = (direction, *where)
+                payload.add_metric(labels, sum(each.bytes for each in classes))
+                datagrams.add_metric(labels, sum(each.datagrams for each in classes))
             both = [*zip(*directions.values(), strict=True)]
             cumulative = [*accumulate(here.datagrams + there.datagrams for here, there in both)]
             sizes.add_metric(
-                (datapath,),
+                where,
                 buckets=_buckets(PACKET_SIZES, cumulative[:-1], cumulative[-1]),
                 sum_value=sum(here.bytes + there.bytes for here, there in both),
             )
@@ -215,10 +229,9 @@ class RelayCollector(Collector):
             "relay_dropped_packets_total",
             "Datagrams neither relayed nor answered, by reason. send_* and receive_* "
             "are the kernel's errors, the others are what the datagram was.",
-            {**dict(counters.dropped), QUEUE_FULL: overflows},
+            {**dict(counters.dropped), QUEUE_FULL: status.overflows},
         )
         yield sizes
-        sent = sum(each.datagrams for classes in by_sockets.values() for each in classes)
         # A counter must not fall, and these numbers are not of the very same moment.
         self._sent_singly = max(self._sent_singly, sent - total(batches))
         batches[1] = self._sent_singly
@@ -253,6 +266,42 @@ class RelayCollector(Collector):
             "sockets relay that.",
             in_kernel.failures,
         )
+
+    def _streams(self, connections: Connections | None) -> Iterator[Metric]:
+        if connections is None:
+            return
+        there_are = GaugeMetricFamily(
+            "relay_connections",
+            "Connections of clients over TCP and TLS, by transport. Absent without --tcp-port and "
+            "--tls-port, as are the next ones.",
+            labels=("transport",),
+        )
+        for transport, number in sorted(connections.open.items()):
+            there_are.add_metric((transport,), number)
+        yield there_are
+        yield _by(
+            "transport",
+            "relay_connections_accepted_total",
+            "Connections accepted, by transport; those that were refused at once are among them.",
+            connections.accepted,
+        )
+        yield _by(
+            "reason",
+            "relay_connections_ended_total",
+            "Connections that have ended, by reason.",
+            connections.ended,
+        )
+        yield GaugeMetricFamily(
+            "relay_connections_queued_bytes",
+            "What waits for clients with a connection that read too slowly, in bytes.",
+            value=connections.queued,
+        )
+        if connections.certificate_expires is not None:
+            yield GaugeMetricFamily(
+                "relay_tls_certificate_expiry_timestamp_seconds",
+                "When the certificate for TLS ends, in Unix time. Absent without --tls-port.",
+                value=connections.certificate_expires,
+            )
 
 
 def _by(label: str, name: str, documentation: str, counts: Mapping[str, int]) -> Metric:

@@ -5,7 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from relay.observe.counters import QUEUE_FULL, Counters, InKernel, Relayed
+from relay.observe.counters import (
+    QUEUE_FULL,
+    UDP,
+    Connections,
+    Counters,
+    InKernel,
+    Relayed,
+)
 from relay.observe.exposition import Status, total
 
 
@@ -69,11 +76,12 @@ class Monitor:
         known_auth_failures: Iterable[str] = (),
         known_peer_rules: Iterable[str] = (),
         in_kernel: Callable[[], InKernel] | None = None,
+        connections: Callable[[], Connections] | None = None,
     ) -> None:
         """Watch these from here on; report the known reasons before they are counted.
 
-        ``in_kernel()`` tells of the data path in the kernel, if there is to be one; from any
-        thread.
+        ``in_kernel()`` tells of the data path in the kernel, and ``connections()`` of those over
+        TCP and TLS, if there are to be any; both from any thread.
         """
         self.not_ready: str | None = "starting"
         self.portal_connected: bool | None = None  # None: there is no portal
@@ -83,6 +91,7 @@ class Monitor:
         self._loop = loop
         self._queues = tuple(queues)
         self._in_kernel = in_kernel
+        self._connections = connections
         self._no_auth_failures = dict.fromkeys(known_auth_failures, 0)
         self._no_refused_peers = dict.fromkeys(known_peer_rules, 0)
         self._started = time.monotonic()
@@ -113,6 +122,7 @@ class Monitor:
             overflows=self._overflows(),
             counters=self._counters,
             in_kernel=self._in_kernel and self._in_kernel(),
+            connections=self._connections and self._connections(),
         )
 
     def dropped(self) -> dict[str, int]:
@@ -123,7 +133,10 @@ class Monitor:
         """Say in one line how it goes, with the traffic since the line before."""
         now = time.monotonic()
         in_kernel = self._in_kernel and self._in_kernel()
-        relayed = total(self._counters.to_peer) + total(self._counters.to_client)
+        relayed = sum(
+            total(dict(sizes.to_peer)) + total(dict(sizes.to_client))
+            for sizes in self._counters.by_transport.values()
+        )
         if in_kernel is not None:
             relayed += sum(each.bytes for each in (*in_kernel.to_peer, *in_kernel.to_client))
         then, relayed_then = self._last_line
@@ -139,11 +152,13 @@ class Monitor:
     def summary(self) -> str:
         """Say everything there is to say."""
         parts = [f"{self._state()}, up for {time.monotonic() - self._started:.0f} s"]
-        for name, sizes in (
-            ("client to peer", self._counters.to_peer),
-            ("peer to client", self._counters.to_client),
-        ):
-            parts.append(f"{name}: {sum(sizes.values())} datagrams, {total(sizes)} bytes")
+        for transport, both in self._counters.by_transport.items():
+            if transport == UDP or self._connections is not None:
+                by = "" if transport == UDP else f" by {transport.upper()}"
+                parts.append(f"client to peer{by}: {_counted(both.to_peer)}")
+                parts.append(f"peer to client{by}: {_counted(both.to_client)}")
+        if self._connections is not None:
+            parts += _connections_summary(self._connections())
         if self._in_kernel is not None:
             parts += _kernel_summary(self._in_kernel())
         responses = {" ".join(key): count for key, count in self._served.responses.items()}
@@ -164,6 +179,8 @@ class Monitor:
         ]
         if self._served.permissions:
             parts.append(f"{self._served.permissions} permissions")
+        if self._connections is not None:
+            parts.append(f"{sum(self._connections().open.values())} connections")
         if self.portal_connected is not None:
             parts.append("portal connected" if self.portal_connected else "portal away")
         return ", ".join(parts)
@@ -174,6 +191,18 @@ class Monitor:
     def _auth_failures(self) -> dict[str, int]:
         counted = {why.value: count for why, count in self._served.auth_failures.copy().items()}
         return {**self._no_auth_failures, **counted}
+
+
+def _counted(sizes: Mapping[int, int]) -> str:
+    return f"{sum(sizes.values())} datagrams, {total(sizes)} bytes"
+
+
+def _connections_summary(connections: Connections) -> list[str]:
+    return [
+        f"connections: {listed(connections.open)}",
+        f"connections accepted: {listed(connections.accepted)}",
+        f"connections ended: {listed(connections.ended)}",
+    ]
 
 
 def _kernel_summary(in_kernel: InKernel) -> list[str]:

@@ -21,6 +21,7 @@ from relay.turn.commands import (
     InstallPermissions,
     PeerAddress,
     UnbindChannel,
+    connection_of,
 )
 
 logger = logging.getLogger("relay.xdp")
@@ -102,7 +103,7 @@ class KernelRoutes:
 
     def bound(self, bind: BindChannel) -> None:
         """Have the kernel relay a channel from here on, both ways."""
-        if self._is_stopped:
+        if self._is_stopped or connection_of(bind.client) is not None:
             return
         address = bind.client[0]
         if len(address) > 2 and address[3]:
