@@ -24,7 +24,7 @@ from relay.config.reading import build_parser
 from relay.daemon import CREDENTIAL_LIFETIME
 from relay.net.listening import LISTEN_BUFFER
 from relay.net.udp import PORT_BUFFER
-from relay.observe.counters import PACKET_SIZES, Counters, InKernel, Relayed
+from relay.observe.counters import PACKET_SIZES, Connections, Counters, InKernel, Relayed
 from relay.observe.exposition import STUCK_AFTER, RelayCollector, Status
 from relay.observe.logratelimit import BURST, BURST_OF_ALL, INTERVAL
 from relay.turn import ratelimit
@@ -185,6 +185,7 @@ def _metric_lines() -> Iterator[str]:
         overflows=0,
         counters=Counters(["reason"]),
         in_kernel=InKernel({"device": "mode"}, 0, {"reason": 0}, _NOTHING, _NOTHING),
+        connections=Connections({"transport": 0}, {"transport": 0}, {"reason": 0}, 0, 0.0),
     )
     collector = RelayCollector(lambda: quiet, version="")
     for metric in collector.collect():

@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import secrets
+import socket
 import time
 from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Final
 from relay.config.model import Config, ConfigError
 from relay.datapath.clientside import NotServing
 from relay.datapath.datapath import DataPath
-from relay.datapath.destination import Destination
+from relay.datapath.destination import ClientDestination
 from relay.datapath.workspace import Workspace
 from relay.host import systemd
-from relay.host.inherited import inherited_listeners
+from relay.host.inherited import Place, inherited_listeners
 from relay.host.limits import raise_descriptor_limit
 from relay.host.sandbox import name_thread
 from relay.host.supervision import Supervision
@@ -29,8 +30,9 @@ from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.porthosts import PortHosts
 from relay.net.reactor import Reactor, log_bug
+from relay.net.streams import STREAM_FULL, End, Limits, Streams, listen_tcp
 from relay.net.udp import USUAL_LOSSES, PortOpener, PortSocket, Receiver, Shared
-from relay.observe.counters import Counters
+from relay.observe.counters import STREAM_TRANSPORTS, Connections, Counters
 from relay.observe.http import HealthServer
 from relay.observe.monitor import Monitor
 from relay.portal.client import PortalClient
@@ -46,6 +48,7 @@ from relay.turn.commands import (
     Drop,
     InstallPermissions,
     UnbindChannel,
+    connection_of,
 )
 from relay.turn.peers import RULES, PeerPolicy
 from relay.turn.server import Server
@@ -62,10 +65,11 @@ logger = logging.getLogger("relay.daemon")
 
 SPARE_DESCRIPTORS: Final = 32  # for everything but relay ports and HTTP
 HTTP_DESCRIPTORS: Final = 288
+MAX_CONNECTIONS: Final = 10_000  # unless somebody says otherwise
 MAX_CHANNELS: Final = 1 << 18  # at about 1,250 bytes each
 
 # What is worth a 0 before it is counted.
-KNOWN_DROPS: Final = (*(reason.value for reason in Drop), *USUAL_LOSSES)
+KNOWN_DROPS: Final = (*(reason.value for reason in Drop), *USUAL_LOSSES, STREAM_FULL)
 KNOWN_AUTH_FAILURES: Final = tuple(reason.value for reason in AuthFailure)
 
 
@@ -85,6 +89,7 @@ class Parts:
     mailbox: Mailbox[PortalEvent]
     counters: Counters
     listeners: dict[Family, ListeningSocket]
+    streams: Streams | None  # None: neither TCP nor TLS
     server: Server
     authenticator: Authenticator
     datapath: DataPath
@@ -97,6 +102,7 @@ class Parts:
     port_hosts: PortHosts
     health: HealthServer | None
     portal: PortalClient | None
+    descriptors: int  # the limit of open files
     max_sockets: int  # for relay ports: what the limit of open files leaves
     secret: str = field(repr=False)  # of which credentials are made
     salt: str  # for the credential that is made at start
@@ -109,6 +115,8 @@ class Parts:
             self.health.stop()
         if self.kernel_path is not None:
             self.kernel_path.close()
+        if self.streams is not None:
+            self.streams.close()
         self.datapath.close()
         for listener in self.listeners.values():
             listener.close()
@@ -138,9 +146,11 @@ def assemble(
 
     offload = Offload(wanted=config.offload)
     workspace = Workspace(counters, rng.getrandbits(96))
-    listeners = _listeners(config, workspace, offload)
+    handed_over = _handed_over(config)
+    listeners = _listeners(config, workspace, offload, handed_over)
     listening = [sock for listener in listeners.values() for sock in listener.sockets]
-    max_sockets = descriptors - _other_descriptors(config, len(listening))
+    streams = _streams(config, reactor, counters, handed_over, descriptors)
+    max_sockets = descriptors - _other_descriptors(config, len(listening), streams)
     addresses = host_addresses()
     own_hosts = Union(frozenset(map(pack, config.public_hosts.values())), addresses)
     port_hosts = PortHosts(
@@ -187,12 +197,14 @@ def assemble(
         KNOWN_AUTH_FAILURES,
         RULES,
         None if kernel_path is None else kernel_path.status,
+        None if streams is None else partial(_connections, streams),
     )
     return Parts(
         reactor=reactor,
         mailbox=mailbox,
         counters=counters,
         listeners=listeners,
+        streams=streams,
         server=server,
         authenticator=authenticator,
         datapath=datapath,
@@ -205,6 +217,7 @@ def assemble(
         port_hosts=port_hosts,
         health=_health_server(config, monitor),
         portal=None if config.token is None else _portal_client(config, secret, mailbox),
+        descriptors=descriptors,
         max_sockets=max_sockets,
         secret=secret,
         salt=salt,
@@ -257,28 +270,40 @@ def _seeded(seed: int) -> random.Random:
 # --- Sockets ---------------------------------------------------------------------------------
 
 
+def _handed_over(config: Config) -> dict[Place, dict[Family, socket.socket]]:
+    """Return the sockets that systemd hands over, by kind and port, then by family."""
+    places = [(socket.SOCK_DGRAM, config.listen_port)]
+    places += [(socket.SOCK_STREAM, port) for port in _stream_ports(config).values()]
+    try:
+        handed_over = inherited_listeners(places)
+    except systemd.ActivationError as error:
+        raise ConfigError(f"systemd: {error}") from error
+    for by_family in handed_over.values():
+        for family in by_family.keys() - config.bind_hosts.keys():
+            logger.info("not listening for %s: there is no public address of it", family.name)
+            by_family.pop(family).close()
+    return handed_over
+
+
 def _listeners(
-    config: Config, workspace: Workspace, offload: Offload
+    config: Config,
+    workspace: Workspace,
+    offload: Offload,
+    handed_over: dict[Place, dict[Family, socket.socket]],
 ) -> dict[Family, ListeningSocket]:
     """Open a socket for the clients of each family: one that systemd hands over, or our own.
 
     Until somebody else is to receive what they read, all of that is dropped.
     """
-    try:
-        handed_over = inherited_listeners(config.listen_port)
-    except systemd.ActivationError as error:
-        raise ConfigError(f"systemd: {error}") from error
+    given = handed_over[socket.SOCK_DGRAM, config.listen_port]
     shared = Shared(workspace.for_clients, workspace.counters.lost, offload, config.copy_tos)
     receiver = NotServing(workspace)
     listeners: dict[Family, ListeningSocket] = {}
-    for family in [family for family in config.bind_hosts if family in handed_over]:
+    for family, sock in given.items():
         try:
-            listeners[family] = adopt(handed_over.pop(family), shared, receiver)
+            listeners[family] = adopt(sock, shared, receiver)
         except ValueError as error:
             raise ConfigError(f"systemd has handed over {error}") from error
-    for family, sock in handed_over.items():
-        logger.info("not listening for %s: there is no public address of it", family.name)
-        sock.close()
     for family, host in config.bind_hosts.items():
         if family not in listeners:
             try:
@@ -287,12 +312,69 @@ def _listeners(
                     host, config.listen_port, shared, receiver, public=public
                 )
             except OSError as error:
-                raise _cannot_listen(host, config.listen_port, error) from error
+                raise _cannot_listen(host, config.listen_port, "UDP", error) from error
     return listeners
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> DaemonError:
-    problem = f"cannot listen on {format_endpoint(host, port)} (UDP): {error.strerror}"
+def _stream_ports(config: Config) -> dict[str, int]:
+    """Return where connections are taken, by transport."""
+    ports = {"tcp": config.tcp_port, "tls": config.tls_port}
+    return {transport: port for transport, port in ports.items() if port is not None}
+
+
+def _streams(
+    config: Config,
+    reactor: Reactor,
+    counters: Counters,
+    handed_over: dict[Place, dict[Family, socket.socket]],
+    descriptors: int,
+) -> Streams | None:
+    """Open sockets for connections at the addresses that UDP listens on; nobody is accepted yet."""
+    ports = _stream_ports(config)
+    if not ports:
+        return None
+    limits = limits_of(config, descriptors)
+    if config.max_connections is None and limits.connections < MAX_CONNECTIONS:
+        logger.info(
+            "there is room for %d connections: the limit of open files is %d (ulimit -Hn, "
+            "LimitNOFILE=)",
+            limits.connections,
+            descriptors,
+        )
+    streams = Streams(reactor, limits, counters.lost, config.tls_identity)
+    for transport, port in ports.items():
+        given = handed_over[socket.SOCK_STREAM, port]
+        for family, host in config.bind_hosts.items():
+            try:
+                sock = given[family] if family in given else listen_tcp(host, port)
+            except OSError as error:
+                raise _cannot_listen(host, port, transport.upper(), error) from error
+            streams.add(sock, transport)
+    return streams
+
+
+def limits_of(config: Config, descriptors: int) -> Limits:
+    """Return how many connections there may be, at start and after a reload."""
+    return Limits(
+        connections=config.max_connections or min(MAX_CONNECTIONS, max(descriptors // 4, 1)),
+        per_address=config.max_connections_per_ip or None,
+        proxies=config.proxies,
+    )
+
+
+def _connections(streams: Streams) -> Connections:
+    """Say how the connections are, to any thread."""
+    return Connections(
+        open=dict.fromkeys(STREAM_TRANSPORTS, 0) | dict(streams.open),
+        accepted=dict.fromkeys(STREAM_TRANSPORTS, 0) | dict(streams.accepted),
+        ended={why.value: 0 for why in End} | {w.value: n for w, n in dict(streams.ended).items()},
+        queued=streams.queued,
+        certificate_expires=streams.certificate_expires,
+    )
+
+
+def _cannot_listen(host: str, port: int, protocol: str, error: OSError) -> DaemonError:
+    problem = f"cannot listen on {format_endpoint(host, port)} ({protocol}): {error.strerror}"
     match error.errno:
         case errno.EADDRINUSE:
             return DaemonError(os.EX_CANTCREAT, problem)
@@ -315,7 +397,7 @@ class _MarkWatcher:
 
     def bound(self, bind: BindChannel) -> None:
         """Expect data from a client."""
-        self._listeners[family_of(bind.client[0][0])].look_for_marks()
+        self._look(bind.client)
 
     def unbinding(self, unbind: UnbindChannel) -> None:
         """Expect nothing."""
@@ -325,11 +407,28 @@ class _MarkWatcher:
 
     def permitted(self, install: InstallPermissions) -> None:
         """Expect data from a client."""
-        self._listeners[family_of(install.client[0][0])].look_for_marks()
+        self._look(install.client)
+
+    def _look(self, client: ClientAddress) -> None:
+        if connection_of(client) is None:
+            self._listeners[family_of(client[0][0])].look_for_marks()
 
 
-def _reach_client(listeners: dict[Family, ListeningSocket], client: ClientAddress) -> Destination:
-    return listeners[family_of(client[0][0])].reach(client)
+def _reach_client(
+    listeners: dict[Family, ListeningSocket], client: ClientAddress
+) -> ClientDestination:
+    address, local = client
+    assert isinstance(local, bytes)
+    return listeners[family_of(address[0])].reach((address, local))
+
+
+def _client_side(
+    listeners: dict[Family, ListeningSocket], client: ClientAddress
+) -> tuple[str, int]:
+    """Return the address of ours that a client writes to, with the port."""
+    address, local = client
+    assert isinstance(local, bytes)
+    return listeners[family_of(address[0])].local_address((address, local))
 
 
 def _by_number(hosts: dict[Family, str]) -> dict[int, str]:
@@ -352,9 +451,10 @@ def _on_change(
     on_addresses(is_any_new)
 
 
-def _other_descriptors(config: Config, listening: int) -> int:
+def _other_descriptors(config: Config, listening: int, streams: Streams | None) -> int:
     """Return how many descriptors have to be left for what is no relay port."""
-    return listening + SPARE_DESCRIPTORS + (HTTP_DESCRIPTORS if config.http_addr else 0)
+    needed = listening + SPARE_DESCRIPTORS + (HTTP_DESCRIPTORS if config.http_addr else 0)
+    return needed if streams is None else needed + streams.most_descriptors
 
 
 def _check_descriptors(config: Config, max_sockets: int, descriptors: int) -> None:
@@ -388,7 +488,7 @@ def _kernel_path(
     def make_routes(routes: "RouteMap", *, on_lost_control: "LostControl") -> KernelRoutes:
         return KernelRoutes(
             routes,
-            client_side=lambda client: listeners[family_of(client[0][0])].local_address(client),
+            client_side=partial(_client_side, listeners),
             port_host=lambda port, family: datapath.ports[port].host(family),
             public_hosts=config.public_hosts,
             relay_ports=config.ports,

@@ -59,7 +59,8 @@ def _run(argv: Sequence[str], command: Command) -> int:
     # From here on the log tells, which waits for nobody, in the format that was asked for.
     signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)  # until they are caught
     try:
-        files = [*command.secret_files, *([command.file] if command.file else [])]
+        files = [*command.secret_files, *command.other_files]
+        files += [command.file] if command.file else []
         Daemon(command.config, partial(reread, argv, os.environ, command), files).run()
     except ConfigError as error:
         logger.error("%s", error)  # noqa: TRY400

@@ -13,6 +13,7 @@ from relay.assembly import (
     DaemonError,
     assemble,
     leave_to_sockets,
+    limits_of,
     peer_policy_of,
     settings_of,
 )
@@ -37,7 +38,12 @@ from relay.xdp import XdpError
 logger = logging.getLogger("relay.daemon")
 
 CAUGHT: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-CREDENTIAL_LIFETIME: Final = 24 * 3600  # seconds for which the one printed at start is good
+DAY: Final = 24 * 3600  # seconds
+CREDENTIAL_LIFETIME: Final = DAY  # for which the one printed at start is good
+LARGEST_RSA: Final = (
+    2048  # bits; one of 4,096 takes ten times as long to sign (bench/test_handshake.py)
+)
+CERTIFICATE_WARNING: Final = 14 * DAY  # before its end
 # Of the garbage collector: how many objects more make it look at the young ones, how many of those
 # looks at the middle-aged ones, and how many of these at all. The last it never should: with 16,000
 # allocations and 200,000 channels that takes a fifth of a second, in which no datagram is relayed
@@ -168,6 +174,7 @@ class Daemon:
             except XdpError as error:
                 leave_to_sockets(self._config, error)
         parts.supervision.start()
+        self._look_at_certificate()
         if parts.portal is None:
             if self._config.print_credential or (
                 self._config.print_credential is None and os.isatty(1)
@@ -191,9 +198,17 @@ class Daemon:
         listeners = self._parts.listeners.values()
         for listener in listeners:
             listener.hand_to(self._parts.datapath.clients)
+        places = [format_endpoint(*one.address[:2]) for one in listeners]
+        streams = self._parts.streams
+        if streams is not None:
+            streams.start(self._parts.datapath.stream_clients)
+            places += [
+                f"{format_endpoint(*address)} ({transport.upper()})"
+                for transport, address in streams.addresses
+            ]
         logger.info(
             "relaying: listening on %s, allocations on ports %d-%d",
-            " and ".join(format_endpoint(*one.address[:2]) for one in listeners),
+            " and ".join(places),
             self._config.lowest_port,
             self._config.highest_port,
         )
@@ -210,10 +225,36 @@ class Daemon:
         self._parts.server.change_settings(settings_of(config, self._parts.max_sockets))
         if (config.auth_secrets, config.users) != (before.auth_secrets, before.users):
             self._parts.authenticator.change_users(config.all_users(self._parts.secret))
+        streams = self._parts.streams
+        if streams is not None:
+            streams.change_limits(limits_of(config, self._parts.descriptors))
+            identity = config.tls_identity
+            if identity is not None and identity != before.tls_identity:
+                streams.change_identity(identity)
+                self._look_at_certificate()
         self._parts.port_hosts.look_at_all()
         self._say_if_ready()
         self._parts.peer_policy = peer_policy_of(config, self._parts.own_hosts)
         self._check_peers()
+
+    def _look_at_certificate(self) -> None:
+        """Warn if the certificate for TLS ends soon, today and on each day from now on."""
+        identity = self._config.tls_identity
+        if identity is None:
+            return
+        self.reactor.call_later(DAY, self._look_at_certificate)
+        if identity.chain.rsa_bits > LARGEST_RSA:
+            logger.warning(
+                "the certificate's key is RSA of %d bits: each handshake of TLS holds up all "
+                "datagrams for some milliseconds; with ECDSA (P-256) it is a fifth of one",
+                identity.chain.rsa_bits,
+            )
+        left = identity.chain.expires - time.time()
+        end = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(identity.chain.expires))
+        if left <= 0:
+            logger.error("the certificate for TLS has ended: %s", end)
+        elif left < CERTIFICATE_WARNING:
+            logger.warning("the certificate for TLS ends in %d days: %s", left // DAY, end)
 
     def _on_addresses(self, is_any_new: bool) -> None:
         """Go on with other addresses of this host: a peer of today may be one of them now."""

@@ -133,6 +133,11 @@ class RelayProcess:
         self.wait()
 
     @property
+    def urls(self) -> list[str]:
+        """The TURN URLs that it printed."""
+        return [line.split()[-1] for line in self.printed_at_start if line.startswith("TURN URL")]
+
+    @property
     def pid(self) -> int:
         return self.process.pid
 

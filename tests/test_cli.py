@@ -24,14 +24,19 @@ from relay.config.files import LONGEST_FILE
 from relay.config.model import ConfigError, Quotas
 from relay.config.options import OPTIONS, Option
 from relay.config.reading import Command, read, reread
+from relay.net.tls import read_chain
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
 from relay.version import __version__
+from tests.certificates import Authority
 from tests.process import RelayProcess, free_port, run
 from tests.turnclient import TurnClient, TurnError
 
 SECRET: Final = "4c98bf59c99b3e467ecd7cf9d6b3e5279645fca59be67bc5bb4af3cf653761ab"
 NOBODY: Final = 65534
 OTHER_SECRET: Final = "1cab293a-4032-46f4-862a-40e5d174b0d2"
+
+ECDSA: Final = Authority().issue("relay.test")
+RSA: Final = Authority().issue("relay.test", "192.0.2.1", kind="rsa-2048")
 
 # For each option two texts that are not its default, and what they mean. The files are
 # those of the fixture ``directory``.
@@ -41,6 +46,14 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     "bind-ip4-addr": (("192.0.2.1", "192.0.2.1"), ("127.0.0.1", "127.0.0.1")),
     "bind-ip6-addr": (("2001:db8::1", "2001:db8::1"), ("::1", "::1")),
     "listen-port": (("1", 1), ("65535", 65535)),
+    "tcp-port": (("1", 1), ("443", 443)),
+    "tls-port": (("1", 1), ("443", 443)),
+    "tls-cert": (("ecdsa.crt", read_chain(ECDSA.pem)), ("rsa.crt", read_chain(RSA.pem))),
+    "tls-key": (("ecdsa.key", ECDSA.key), ("rsa.key", RSA.key)),
+    "proxy-protocol-from": (
+        ("10.0.0.0/8", ("10.0.0.0/8",)),
+        ("192.0.2.7, 2001:db8::/32", ("192.0.2.7/32", "2001:db8::/32")),
+    ),
     "lowest-port": (("50000", 50000), ("65535", 65535)),
     "highest-port": (("49152", 49152), ("60000", 60000)),
     "token-file": (("secret", SECRET), ("other-secret", OTHER_SECRET)),
@@ -69,6 +82,8 @@ SAMPLES: Final[dict[str, tuple[tuple[str, object], tuple[str, object]]]] = {
     "max-allocations-per-username": (("1", 1), ("3", 3)),
     "max-allocations-per-ip": (("0", 0), ("1000", 1000)),
     "max-channels-per-allocation": (("0", 0), ("1000", 1000)),
+    "max-connections": (("1", 1), ("100000", 100000)),
+    "max-connections-per-ip": (("0", 0), ("10", 10)),
     "unauthenticated-rate": (("0", 0), ("5000", 5000)),
     "unauthenticated-rate-per-prefix": (("0", 0), ("50", 50)),
     "channel-range": (("rfc5766", RFC5766_NUMBERS), ("rfc8656", RFC8656_NUMBERS)),
@@ -94,6 +109,10 @@ FILES: Final = {
     "other-secret": OTHER_SECRET,
     "rest": "# of the web service\none\n\n  two\none\n",
     "users": f"# three\nalice:word\n\nbob:0x{'00' * 16}\r\ncarol:0x{'00' * 32}\n",
+    "ecdsa.crt": ECDSA.pem,
+    "ecdsa.key": ECDSA.key,
+    "rsa.crt": RSA.pem,
+    "rsa.key": RSA.key,
     "other-users": "\ufeffd\u00f6rte:w\u00f6rd:with colon # and hash",
 }
 
@@ -104,6 +123,11 @@ BAD: Final = {
     "bind-ip4-addr": "localhost",
     "bind-ip6-addr": "fe80::1%eth0",
     "listen-port": "0",
+    "tcp-port": "none",
+    "tls-port": "65536",
+    "tls-cert": "secret",
+    "tls-key": "missing",
+    "proxy-protocol-from": "proxy",
     "lowest-port": "65536",
     "highest-port": "-1",
     "token-file": "missing",
@@ -123,6 +147,8 @@ BAD: Final = {
     "max-allocations-per-username": "none",
     "max-allocations-per-ip": "-1",
     "max-channels-per-allocation": "many",
+    "max-connections": "0",
+    "max-connections-per-ip": "few",
     "unauthenticated-rate": "-1",
     "unauthenticated-rate-per-prefix": "1.5",
     "channel-range": "rfc3489",
@@ -139,6 +165,8 @@ BAD: Final = {
     "software": "a\x07b",
     "rng-seed": "dice",
 }
+
+CERTIFICATE: Final = {"TLS_CERT": "ecdsa.crt", "TLS_KEY": "ecdsa.key"}
 
 BY_NAME: Final = {option.name: option for option in OPTIONS}
 SOURCES: Final = ("flag", "variable", "file")
@@ -1358,6 +1386,70 @@ def test_a_private_address_that_is_given_is_wanted(machine: Callable[..., None])
     assert read(["-c", os.devnull, "--public-ip4-addr=10.0.0.5"], {}).private_hosts == {}
 
 
+# --- TLS --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        pytest.param([], "tls-port 5349: there is no tls-cert", id="nothing"),
+        pytest.param(["--tls-cert=ecdsa.crt"], "tls-port 5349: there is no tls-key", id="no key"),
+        pytest.param(
+            ["--tls-cert=ecdsa.crt", "--tls-key=rsa.key"],
+            "tls-cert and tls-key: the key is not that of the certificate",
+            id="the key of another one",
+        ),
+        pytest.param(
+            ["--tls-cert=missing", "--tls-key=ecdsa.key"],
+            "tls-cert 'missing': cannot be read: No such file or directory (command line)",
+            id="no file",
+        ),
+        pytest.param(
+            ["--tls-cert=ecdsa.key", "--tls-key=ecdsa.key"],
+            "tls-cert 'ecdsa.key': holds no certificate in PEM (-----BEGIN …) (command line)",
+            id="no certificate",
+        ),
+        pytest.param(
+            ["--tls-cert=ecdsa.crt", "--tls-key=ecdsa.crt"],
+            "tls-key 'ecdsa.crt': holds no private key in PEM (-----BEGIN …) (command line)",
+            id="no key in it",
+        ),
+        pytest.param(
+            ["--tls-cert=ecdsa.crt", "--tls-key=ecdsa.key", "--tcp-port=5349"],
+            "tls-port 5349 is the tcp-port, too",
+            id="one port for both",
+        ),
+    ],
+)
+def test_what_tls_cannot_be_spoken_with_is_one_line(
+    cli: "Cli", arguments: list[str], problem: str
+) -> None:
+    complaint = cli.refuses(78, "-c", os.devnull, "--tls-port=5349", *arguments)
+    assert complaint == f"firezone-relay: {problem}\n"
+
+
+def test_urls_are_those_of_every_transport() -> None:
+    """For TLS it is what the certificate is for that clients look for."""
+    ports = ["--public-ip4-addr=192.0.2.1", "--public-ip6-addr=2001:db8::1", "--tcp-port=443"]
+    ports += ["--tls-port=5349"]
+    udp_and_tcp = [
+        "turn:192.0.2.1:3478?transport=udp",
+        "turn:[2001:db8::1]:3478?transport=udp",
+        "turn:192.0.2.1:443?transport=tcp",
+        "turn:[2001:db8::1]:443?transport=tcp",
+    ]
+    named = reads(*ports, "--tls-cert=ecdsa.crt", "--tls-key=ecdsa.key")
+    assert named.config.urls == [*udp_and_tcp, "turns:relay.test:5349?transport=tcp"]
+    addressed = reads(*ports, "--tls-cert=rsa.crt", "--tls-key=rsa.key")
+    assert addressed.config.urls == [*udp_and_tcp, "turns:192.0.2.1:5349?transport=tcp"]
+
+
+def test_only_secrets_are_to_be_kept_from_others() -> None:
+    command = reads("--tls-cert=ecdsa.crt", "--tls-key=ecdsa.key", "--auth-secret-file=rest")
+    assert command.secret_files == ("ecdsa.key", "rest")
+    assert command.other_files == ("ecdsa.crt",)
+
+
 # --- Helpers ---------------------------------------------------------------------------------
 
 
@@ -1490,6 +1582,8 @@ def reads(*flags: str, file: str = "", **variables: str) -> Command:
     """Read options without a look at this machine's routes and its default file."""
     if not any("public" in text.lower() for text in [*flags, file, *variables]):
         variables["PUBLIC_IP4_ADDR"] = "192.0.2.1"
+    if any("tls-port" in text for text in [*flags, file]) or "TLS_PORT" in variables:
+        variables = {**CERTIFICATE, **variables}
     if file:
         Path("relay.conf").write_text(file)
     return read(["-c", "relay.conf" if file else os.devnull, *flags], variables)
@@ -1511,8 +1605,14 @@ def as_flag(option: Option, text: str) -> str:
 
 
 def address(option: Option) -> dict[str, str]:
-    """Return the variable that keeps this machine's routes out of it, if that is needed."""
-    return {} if option.name.startswith("public-") else {"PUBLIC_IP4_ADDR": "192.0.2.1"}
+    """Return the variable that keeps this machine's routes out of it, if that is needed.
+
+    And what an option cannot be without.
+    """
+    if option.name.startswith("public-"):
+        return {}
+    more = CERTIFICATE if option.name == "tls-port" else {}
+    return {"PUBLIC_IP4_ADDR": "192.0.2.1", **more}
 
 
 def stored(command: Command, option: Option) -> object:

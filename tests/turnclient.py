@@ -2,15 +2,17 @@
 
 import os
 import socket
+import ssl
 from types import TracebackType
 from typing import Any, Self
 
 from relay.stun.address import Address
 from relay.stun.attributes import Attr, Attribute
-from relay.stun.const import UDP_PROTOCOL, Family, Kind, Method
+from relay.stun.const import HEADER_SIZE, UDP_PROTOCOL, Family, Kind, Method
 from relay.stun.integrity import long_term_key
 from relay.stun.message import Message, decode
 from relay.turn import channeldata
+from relay.turn.framing import PADDING
 from relay.turn.users import DEFAULT_REALM
 
 TIMEOUT = 10.0  # seconds; only a failing test waits for so long
@@ -37,11 +39,7 @@ class TurnClient:
         realm: str = DEFAULT_REALM,
     ) -> None:
         family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
-        self.socket = socket.socket(family, socket.SOCK_DGRAM)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        if bind:
-            self.socket.bind((bind, 0))
-        self.socket.connect(server)
+        self.socket = self._connect(server, family, bind)
         self.socket.settimeout(TIMEOUT)
         self._username = username
         self._realm = realm
@@ -119,7 +117,7 @@ class TurnClient:
 
     def sends(self, number: int, payload: bytes) -> None:
         """Send ChannelData."""
-        self.socket.send(channeldata.HEADER.pack(number, len(payload)) + payload)
+        self._send(channeldata.HEADER.pack(number, len(payload)) + payload)
 
     def indicates(
         self, peer: Address, payload: bytes, *attributes: tuple[Attribute[Any], Any]
@@ -130,17 +128,17 @@ class TurnClient:
             (Attr.DATA, payload),
             *attributes,
         ]
-        self.socket.send(Message(Kind.INDICATION, Method.SEND, os.urandom(12), values).encode())
+        self._send(Message(Kind.INDICATION, Method.SEND, os.urandom(12), values).encode())
 
     def hears(self) -> Message:
         """Wait for a Data indication."""
-        message = decode(self.socket.recv(65536)).message
+        message = decode(self._receive()).message
         assert (message.kind, message.method) == (Kind.INDICATION, Method.DATA)
         return message
 
     def receives(self) -> tuple[int, bytes]:
         """Wait for ChannelData: its number and payload. The frame must not be padded."""
-        datagram = self.socket.recv(65536)
+        datagram = self._receive()
         number, length = channeldata.HEADER.unpack_from(datagram)
         assert len(datagram) == channeldata.HEADER_SIZE + length
         return number, datagram[channeldata.HEADER_SIZE :]
@@ -152,13 +150,74 @@ class TurnClient:
         key: bytes | None = None,
     ) -> Message:
         request = Message(Kind.REQUEST, method, os.urandom(12), attributes)
-        self.socket.send(request.encode(key))
+        self._send(request.encode(key))
         while True:  # data may come in between
-            datagram = self.socket.recv(65536)
+            datagram = self._receive()
             if datagram[0] <= 0x03:
                 answer = decode(datagram).message
                 if answer.transaction_id == request.transaction_id:
                     return answer
+
+    def _connect(self, server: Address, family: int, bind: str) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        if bind:
+            sock.bind((bind, 0))
+        sock.connect(server)
+        return sock
+
+    def _send(self, message: bytes) -> None:
+        self.socket.send(message)
+
+    def _receive(self) -> bytes:
+        return self.socket.recv(65536)
+
+
+class StreamClient(TurnClient):
+    """One client on a connection: over TCP, or with a *context* over TLS."""
+
+    def __init__(
+        self,
+        server: Address,
+        username: str,
+        password: str,
+        *,
+        realm: str = DEFAULT_REALM,
+        context: ssl.SSLContext | None = None,
+        first: bytes = b"",
+    ) -> None:
+        """Connect, and begin with the bytes *first*, in front of a handshake."""
+        self._context = context
+        self._first = first
+        super().__init__(server, username, password, realm=realm)
+
+    def _connect(self, server: Address, _family: int, _bind: str) -> socket.socket:
+        sock = socket.create_connection(server, TIMEOUT)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(self._first)
+        if self._context is None:
+            return sock
+        return self._context.wrap_socket(sock, server_hostname="relay.test")
+
+    def _send(self, message: bytes) -> None:
+        self.socket.sendall(message + PADDING[len(message) % 4])
+
+    def _receive(self) -> bytes:
+        """Return the next message, without padding, which has to be there."""
+        header = self._exactly(4)
+        kind, length = channeldata.HEADER.unpack(header)
+        if kind >= channeldata.RFC8656_NUMBERS[0]:
+            return header + self._exactly(length + -length % 4)[:length]
+        return header + self._exactly(HEADER_SIZE - 4 + length)
+
+    def _exactly(self, size: int) -> bytes:
+        received = b""
+        while len(received) < size:
+            part = self.socket.recv(size - len(received))
+            if not part:
+                raise ConnectionError("the relay has closed the connection")
+            received += part
+        return received
 
 
 class Peer:

@@ -21,7 +21,7 @@ _firezone_relay() {
         before=${word%,*}, word=${word##*,}
     fi
     case ${COMP_WORDS[at]} in
-        --token-file | --relay-secret-file | --auth-secret-file | --users-file | -c | --config)
+        --tls-cert | --tls-key | --token-file | --relay-secret-file | --auth-secret-file | --users-file | -c | --config)
             compopt -o default # the names of files
             return
             ;;
@@ -41,15 +41,17 @@ _firezone_relay() {
         --version | \
         -h | --help | [!-]*)
             words='--public-ip4-addr --public-ip6-addr --bind-ip4-addr --bind-ip6-addr --listen-port
-            --lowest-port --highest-port --token-file --api-url --name --relay-secret-file
+            --lowest-port --highest-port --tcp-port --tls-port --tls-cert --tls-key
+            --proxy-protocol-from --token-file --api-url --name --relay-secret-file
             --auth-secret-file --users-file --realm --print-credential --no-print-credential
             --mint --mint-user --allow-peer --deny-peer --refused-peers --send-indications
             --no-send-indications --one-allocation-per-username --no-one-allocation-per-username
             --max-allocations --max-allocations-per-username --max-allocations-per-ip
-            --max-channels-per-allocation --unauthenticated-rate
-            --unauthenticated-rate-per-prefix --log-format --log-level --http-addr --harden
-            --user --drain-timeout --channel-range --offload --copy-tos --xdp --xdp-device
-            --software --rng-seed -c --config --check-config --print-config --version -h --help'
+            --max-channels-per-allocation --max-connections --max-connections-per-ip
+            --unauthenticated-rate --unauthenticated-rate-per-prefix --log-format --log-level
+            --http-addr --harden --user --drain-timeout --channel-range --offload --copy-tos
+            --xdp --xdp-device --software --rng-seed -c --config --check-config --print-config
+            --version -h --help'
             ;;
     esac
     mapfile -t COMPREPLY < <(compgen -P "$before" -W "$words" -- "$word")

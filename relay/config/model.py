@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from relay.net.tls import Chain, Identity, hosts_of
 from relay.stun.address import Address, format_endpoint
 from relay.stun.const import Family
 from relay.turn.users import DEFAULT_REALM, Password, Users
@@ -39,6 +40,11 @@ class Config:
     bind_ip4: str
     bind_ip6: str
     listen_port: int
+    tcp_port: int | None  # None: no TCP
+    tls_port: int | None
+    tls_chain: Chain | None
+    tls_key: str | None = field(repr=False)  # PEM
+    proxies: tuple[str, ...]  # CIDR: from where the PROXY protocol is spoken
     lowest_port: int
     highest_port: int
     token: str | None = field(repr=False)  # for the portal; without one there is no portal
@@ -56,6 +62,8 @@ class Config:
     max_allocations_per_username: int | None  # 0: no limit. None: as the portal's presence says
     max_allocations_per_ip: int | None  # likewise; for IPv6, per /64
     max_channels_per_allocation: int | None  # likewise
+    max_connections: int | None  # over TCP and TLS. None: as descriptors allow
+    max_connections_per_ip: int  # for IPv6, per /64; 0: no limit
     ignore_refused_peers: bool | None  # None: as the portal's presence says
     send_indications: bool | None  # None: as the portal's presence says
     unauthenticated_rate: int  # requests per second; 0: no limit
@@ -84,6 +92,12 @@ class Config:
             raise ConfigError(
                 f"the only relay port, {self.lowest_port}, is the listen-port: none is left"
             )
+        if self.tls_port is not None:
+            if self.tls_chain is None or self.tls_key is None:
+                missing = "tls-cert" if self.tls_chain is None else "tls-key"
+                raise ConfigError(f"tls-port {self.tls_port}: there is no {missing}")
+            if self.tls_port == self.tcp_port:
+                raise ConfigError(f"tls-port {self.tls_port} is the tcp-port, too")
         if self.token is not None and self.realm != DEFAULT_REALM:
             raise ConfigError(
                 f"realm {self.realm!r}: with a token it is {DEFAULT_REALM!r}, for Firezone's "
@@ -161,11 +175,30 @@ class Config:
 
     @property
     def urls(self) -> list[str]:
-        """The TURN URIs of this relay. RFC 7065."""
-        return [
-            f"turn:{format_endpoint(host, self.listen_port)}?transport=udp"
-            for host in self.public_hosts.values()
-        ]
+        """The TURN URIs of this relay. RFC 7065.
+
+        For TLS it is the name in the certificate that clients look for.
+        """
+        hosts = [*self.public_hosts.values()]
+        urls = [_turn_uri("turn", host, self.listen_port, "udp") for host in hosts]
+        if self.tcp_port is not None:
+            urls += [_turn_uri("turn", host, self.tcp_port, "tcp") for host in hosts]
+        if self.tls_port is not None:
+            assert self.tls_chain is not None
+            names = hosts_of(self.tls_chain, hosts)
+            urls += [_turn_uri("turns", name, self.tls_port, "tcp") for name in names]
+        return urls
+
+    @property
+    def tls_identity(self) -> Identity | None:
+        """The certificate with its key, if TLS is served. They need not belong together yet."""
+        if self.tls_port is None or self.tls_chain is None or self.tls_key is None:
+            return None
+        return Identity(self.tls_chain, self.tls_key)
+
+
+def _turn_uri(scheme: str, host: str, port: int, transport: str) -> str:
+    return f"{scheme}:{format_endpoint(host, port)}?transport={transport}"
 
 
 def _quota(given: int | None, default: int | None) -> int | None:

@@ -14,6 +14,7 @@ from relay.config.parsing import (
     ipv6,
     log_levels,
     number,
+    optional_port,
     port,
     public,
     realm,
@@ -26,6 +27,7 @@ from relay.config.parsing import (
     user,
     users,
 )
+from relay.net.tls import read_chain, read_key
 from relay.turn.channeldata import RFC5766_NUMBERS, RFC8656_NUMBERS
 from relay.turn.users import DEFAULT_REALM
 
@@ -49,6 +51,7 @@ class Option:
     repeatable: bool = False
     reloads: bool = False  # SIGHUP changes it in the running relay
     in_file: bool = False  # its text names a file, and *parse* gets what is in there
+    is_secret: bool = False  # what is in that file is nobody else's business
 
     @property
     def dest(self) -> str:
@@ -57,6 +60,7 @@ class Option:
 
 
 ADDRESSES: Final = "Say where clients and peers reach it"
+STREAMS: Final = "Serve clients over TCP and TLS"
 PORTAL: Final = "Join Firezone's portal"
 CREDENTIALS: Final = "Make credentials"
 PEERS: Final = "Decide which peers may be reached"
@@ -136,6 +140,62 @@ OPTIONS: Final = (
         field="highest_port",
     ),
     Option(
+        "tcp-port",
+        "TCP_PORT",
+        optional_port,
+        "TCP port for clients whose network lets no UDP through, at the same addresses, or off",
+        STREAMS,
+        default="off",
+        metavar="PORT",
+        field="tcp_port",
+    ),
+    Option(
+        "tls-port",
+        "TLS_PORT",
+        optional_port,
+        "the same with TLS, for turns: URLs; it takes a certificate",
+        STREAMS,
+        default="off",
+        metavar="PORT",
+        field="tls_port",
+    ),
+    Option(
+        "tls-cert",
+        "TLS_CERT",
+        read_chain,
+        "file with the certificate for --tls-port, and with those that lead to one which clients "
+        "know (PEM)",
+        STREAMS,
+        metavar="FILE",
+        field="tls_chain",
+        reloads=True,
+        in_file=True,
+    ),
+    Option(
+        "tls-key",
+        "TLS_KEY",
+        read_key,
+        "file with the private key of that certificate (PEM); ECDSA costs half as much as RSA",
+        STREAMS,
+        metavar="FILE",
+        field="tls_key",
+        reloads=True,
+        in_file=True,
+        is_secret=True,
+    ),
+    Option(
+        "proxy-protocol-from",
+        "PROXY_PROTOCOL_FROM",
+        cidrs,
+        "prefix of proxies whose connections begin with a header of the PROXY protocol, version 1 "
+        "or 2, which says where the client is; repeatable, or a list with commas",
+        STREAMS,
+        metavar="CIDR",
+        field="proxies",
+        repeatable=True,
+        reloads=True,
+    ),
+    Option(
         "token-file",
         "FIREZONE_TOKEN_FILE",
         token,
@@ -145,6 +205,7 @@ OPTIONS: Final = (
         metavar="FILE",
         field="token",
         in_file=True,
+        is_secret=True,
     ),
     Option(
         "api-url",
@@ -175,6 +236,7 @@ OPTIONS: Final = (
         metavar="FILE",
         field="relay_secret",
         in_file=True,
+        is_secret=True,
     ),
     Option(
         "auth-secret-file",
@@ -187,6 +249,7 @@ OPTIONS: Final = (
         field="auth_secrets",
         reloads=True,
         in_file=True,
+        is_secret=True,
     ),
     Option(
         "users-file",
@@ -198,6 +261,7 @@ OPTIONS: Final = (
         field="users",
         reloads=True,
         in_file=True,
+        is_secret=True,
     ),
     Option(
         "realm",
@@ -314,6 +378,27 @@ OPTIONS: Final = (
         LIMITS,
         metavar="NUMBER",
         field="max_channels_per_allocation",
+        reloads=True,
+    ),
+    Option(
+        "max-connections",
+        "MAX_CONNECTIONS",
+        number(1, None, "a number from 1 up"),
+        "most connections over TCP and TLS at a time; beyond it, the oldest without an allocation "
+        "has to go (default: 10000, or a quarter of the descriptors if that is less)",
+        LIMITS,
+        metavar="NUMBER",
+        field="max_connections",
+    ),
+    Option(
+        "max-connections-per-ip",
+        "MAX_CONNECTIONS_PER_IP",
+        number(0, None, "a number"),
+        "most connections of clients at one address, of IPv6 in one /64, at a time; 0 is no limit",
+        LIMITS,
+        default="1024",
+        metavar="NUMBER",
+        field="max_connections_per_ip",
         reloads=True,
     ),
     Option(

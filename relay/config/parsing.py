@@ -231,6 +231,11 @@ def token(text: str) -> str:
     return word
 
 
+def optional_port(text: str) -> int | None:
+    """Read a port, or off."""
+    return None if text == "off" else port(text)
+
+
 def http_address(text: str) -> Address | None:
     """Read a numeric address with a port, or off."""
     if text == "off":

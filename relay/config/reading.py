@@ -35,6 +35,7 @@ class Command:
     token_source: str | None  # if that is no option
     private_hosts: dict[str, str]  # by option: what the routing table says, and nobody can reach
     secret_files: tuple[str, ...]
+    other_files: tuple[str, ...]  # that options name
     check_config: bool
     print_config: bool
     mint: int | None  # seconds
@@ -80,13 +81,15 @@ def _read(argv: Sequence[str], environment: Mapping[str, str], reader: "_Reader"
         **{option.field: values[option.name] for option in OPTIONS},
         http_addr_given=namespace.http_addr is not None,
     )
+    _check_certificate(config)
     return Command(
         config,
         texts,
         file=file,
         token_source=token_source,
         private_hosts=private_hosts,
-        secret_files=(*token_files, *_secret_files(texts)),
+        secret_files=(*token_files, *_files(texts, are_secret=True)),
+        other_files=(*_files(texts, are_secret=False),),
         check_config=namespace.check_config,
         print_config=namespace.print_config,
         mint=namespace.mint,
@@ -94,11 +97,20 @@ def _read(argv: Sequence[str], environment: Mapping[str, str], reader: "_Reader"
     )
 
 
-def _secret_files(texts: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """Return the files of secrets that options name, but for the token's."""
+def _files(texts: Mapping[str, tuple[str, ...]], *, are_secret: bool) -> Iterator[str]:
+    """Return the files that options name, of secrets or others, but for the token's."""
     for option in OPTIONS:
-        if option.in_file and option.name != "token-file":
+        if option.in_file and option.is_secret is are_secret and option.name != "token-file":
             yield from texts.get(option.name, ())
+
+
+def _check_certificate(config: Config) -> None:
+    """See if TLS can be spoken with what there is. Raises ConfigError."""
+    if config.tls_identity is not None:
+        try:
+            config.tls_identity.context()
+        except ValueError as error:
+            raise ConfigError(f"tls-cert and tls-key: {error}") from None
 
 
 class UsageError(Exception):
@@ -131,8 +143,10 @@ def reread(
     running.file = command.file
     wanted = command.config
     changed = [o for o in OPTIONS if getattr(wanted, o.field) != getattr(config, o.field)]
+    reloaded = replace(config, **{o.field: getattr(wanted, o.field) for o in changed if o.reloads})
+    _check_certificate(reloaded)
     return Reloaded(
-        replace(config, **{o.field: getattr(wanted, o.field) for o in changed if o.reloads}),
+        reloaded,
         changed=tuple(option.name for option in changed if option.reloads),
         needs_restart=tuple(option.name for option in changed if not option.reloads),
     )

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from collections.abc import Collection
 from typing import Final
 
 from relay.host.systemd import inherited_sockets
@@ -17,21 +18,35 @@ _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _KINDS: Final = {socket.SOCK_DGRAM: "UDP", socket.SOCK_STREAM: "TCP"}
 
 
-def inherited_listeners(port: int) -> dict[Family, socket.socket]:
-    """Return the UDP sockets for *port* that were handed over, by family.
+Place = tuple[int, int]
+"""The kind of a socket, SOCK_DGRAM or a SOCK_STREAM that listens, and its port."""
+
+
+def inherited_listeners(places: Collection[Place]) -> dict[Place, dict[Family, socket.socket]]:
+    """Return the sockets for *places* that were handed over, by place and family.
 
     They are the caller's to close; what else was handed over is closed. Raises
     :class:`~relay.host.systemd.ActivationError`.
     """
-    found: dict[Family, socket.socket] = {}
+    found: dict[Place, dict[Family, socket.socket]] = {place: {} for place in places}
     for name, sock in inherited_sockets(os.environ, os.getpid()):
-        is_udp = sock.family in _FAMILIES and sock.type == socket.SOCK_DGRAM
-        is_ours = name == ACTIVATED and is_udp and sock.getsockname()[1] == port
-        if is_ours and (family := family_of(sock.getsockname()[0])) not in found:
-            found[family] = sock
+        by_family = found.get(_place(sock)) if name == ACTIVATED else None
+        family = family_of(sock.getsockname()[0]) if by_family is not None else None
+        if by_family is not None and family is not None and family not in by_family:
+            by_family[family] = sock
         else:  # the name or port of another, or one address too many of a family
             _leave_out(sock, name)
     return found
+
+
+def _place(sock: socket.socket) -> Place:
+    if sock.family not in _FAMILIES:
+        return (0, 0)
+    if sock.type == socket.SOCK_STREAM and not sock.getsockopt(
+        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+    ):
+        return (0, 0)
+    return (sock.type, sock.getsockname()[1])
 
 
 def _leave_out(sock: socket.socket, name: str) -> None:
