@@ -14,7 +14,14 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.parser import text_string_to_metric_families
 
 from relay.assembly import KNOWN_AUTH_FAILURES, KNOWN_DROPS
-from relay.observe.counters import Counters, InKernel, Relayed
+from relay.net.streams import End
+from relay.observe.counters import (
+    STREAM_TRANSPORTS,
+    Connections,
+    Counters,
+    InKernel,
+    Relayed,
+)
 from relay.observe.exposition import RelayCollector
 from relay.stun.const import ErrorCode, Method
 from relay.turn.peers import RULES
@@ -49,6 +56,13 @@ def exported() -> dict[str, Labels]:
         counters=counters,
         in_kernel=InKernel(
             {"eth0": "native"}, 0, {"map_full": 0}, [Relayed(0, 0)] * 8, [Relayed(0, 0)] * 8
+        ),
+        connections=Connections(
+            open=dict.fromkeys(STREAM_TRANSPORTS, 0),
+            accepted=dict.fromkeys(STREAM_TRANSPORTS, 0),
+            ended={why.value: 0 for why in End},
+            queued=0,
+            certificate_expires=0.0,
         ),
     )
     registry = CollectorRegistry()

@@ -9,18 +9,22 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from relay.assembly import HTTP_DESCRIPTORS, SPARE_DESCRIPTORS
+from relay.assembly import HTTP_DESCRIPTORS, MAX_CONNECTIONS, SPARE_DESCRIPTORS
 from relay.config.options import DEFAULT_FILE, OPTIONS
 from relay.config.reading import read
 from relay.host.inherited import ACTIVATED
 from relay.net.listening import LISTEN_BUFFER
 from relay.xdp.attach import FORWARDING, PRIVILEGES
+from tests.certificates import Authority
 
 ROOT = Path(__file__).parent.parent
 SYSTEMD = ROOT / "contrib/systemd"
 SERVICE = SYSTEMD / "firezone-relay.service"
 SOCKET = SYSTEMD / "firezone-relay.socket"
 XDP = SYSTEMD / "xdp.conf"
+TLS = SYSTEMD / "tls.conf"
+STREAMS = SYSTEMD / "firezone-relay-streams.socket"
+DEPLOY_HOOK = ROOT / "contrib/certbot/deploy-hook"
 SYSCTL = SYSTEMD / "firezone-relay.sysctl.conf"
 SAMPLE = SYSTEMD / "relay.conf"
 ENVIRONMENT = SYSTEMD / "firezone-relay.env"
@@ -43,6 +47,7 @@ DEFAULTS = {option.name: option.default for option in OPTIONS}
 def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     """In copies that start a program which is on this machine."""
     shutil.copy(SOCKET, tmp_path)
+    shutil.copy(STREAMS, tmp_path)
     text = SERVICE.read_text().replace("/opt/firezone-relay/bin/firezone-relay", "/bin/true")
     (tmp_path / SERVICE.name).write_text(text)
     complaints = output_of(
@@ -53,12 +58,13 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
 
 
 @needs_systemd
-def test_systemd_finds_nothing_wrong_with_the_drop_in(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drop_in", [XDP, TLS], ids=["xdp", "tls"])
+def test_systemd_finds_nothing_wrong_with_a_drop_in(tmp_path: Path, drop_in: Path) -> None:
     text = SERVICE.read_text().replace("/opt/firezone-relay/bin/firezone-relay", "/bin/true")
     (tmp_path / SERVICE.name).write_text(text)
     folder = tmp_path / f"{SERVICE.name}.d"
     folder.mkdir()
-    shutil.copy(XDP, folder)
+    shutil.copy(drop_in, folder)
     complaints = output_of("systemd-analyze", "verify", str(tmp_path / SERVICE.name)).splitlines()
     assert [line for line in complaints if "firezone-relay" in line] == []
 
@@ -71,6 +77,61 @@ def test_drop_in_gives_what_the_log_asks_for() -> None:
     assert "contrib/systemd/xdp.conf" in PRIVILEGES
     (variable,) = drop_in["Environment"]
     assert read([], dict([variable.split("=", 1)])).config.xdp == "auto"
+
+
+def test_drop_in_for_tls_and_its_socket_unit_agree(tmp_path: Path) -> None:
+    """On ports, and on where the hook of certbot puts the files."""
+    variables = dict(
+        word.split("=", 1) for line in settings(TLS)["Environment"] for word in line.split()
+    )
+    chain, key = (
+        tmp_path / PurePosixPath(variables[name]).name for name in ("TLS_CERT", "TLS_KEY")
+    )
+    certificate = Authority().issue("relay.test")
+    chain.write_text(certificate.pem)
+    key.write_text(certificate.key)
+    config = read([], {**variables, "TLS_CERT": str(chain), "TLS_KEY": str(key)}).config
+    stream = settings(STREAMS)
+    assert stream["ListenStream"] == [
+        f"{host}:{port}"
+        for port in (config.tcp_port, config.tls_port)
+        for host in ("0.0.0.0", "[::]")
+    ]
+    assert stream["BindIPv6Only"] == ["ipv6-only"]
+    assert stream["FileDescriptorName"] == [ACTIVATED]
+    assert stream["Service"] == [SERVICE.name]
+    assert f":-{PurePosixPath(variables['TLS_CERT']).parent}}}" in DEPLOY_HOOK.read_text()
+    (group,) = settings(TLS)["SupplementaryGroups"]
+    assert f":-{group}}}" in DEPLOY_HOOK.read_text()
+
+
+def test_certbots_hook_copies_what_was_renewed(tmp_path: Path) -> None:
+    """For the group, whole at each moment; then it reloads the service."""
+    lineage, to, programs = (tmp_path / name for name in ("turn.example.org", "tls", "bin"))
+    lineage.mkdir()
+    programs.mkdir()
+    (lineage / "fullchain.pem").write_text("chain")
+    (lineage / "privkey.pem").write_text("key")
+    (programs / "systemctl").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/told\n')
+    (programs / "systemctl").chmod(0o755)
+    environment = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "RENEWED_LINEAGE": str(lineage),
+        "FIREZONE_RELAY_TLS": str(to),
+        "FIREZONE_RELAY_GROUP": str(os.getegid()),
+    }
+    subprocess.run([DEPLOY_HOOK], env=environment, check=True)
+    assert {path.name: path.read_text() for path in to.iterdir()} == {
+        "fullchain.pem": "chain",
+        "privkey.pem": "key",
+    }
+    assert {path.stat().st_mode & 0o777 for path in to.iterdir()} == {0o640}
+    assert (tmp_path / "told").read_text() == f"try-reload-or-restart {SERVICE.name}\n"
+
+    (lineage / "privkey.pem").write_text("another one's")
+    environment["FIREZONE_RELAY_NAME"] = "other.example.org"
+    subprocess.run([DEPLOY_HOOK], env=environment, check=True)
+    assert (to / "privkey.pem").read_text() == "key"
 
 
 def test_sysctls_let_the_program_look_up_routes() -> None:
@@ -98,7 +159,8 @@ def test_service_is_not_started_again_when_that_would_not_help() -> None:
 def test_service_has_the_descriptors_and_the_time_that_the_defaults_take() -> None:
     service = settings(SERVICE)
     ports = int(DEFAULTS["highest-port"] or 0) - int(DEFAULTS["lowest-port"] or 0) + 1
-    assert int(service["LimitNOFILE"][0]) >= 2 * ports + SPARE_DESCRIPTORS + HTTP_DESCRIPTORS
+    needed = 2 * ports + SPARE_DESCRIPTORS + HTTP_DESCRIPTORS + MAX_CONNECTIONS
+    assert int(service["LimitNOFILE"][0]) >= needed
     assert int(service["TimeoutStopSec"][0]) > int(DEFAULTS["drain-timeout"] or 0)
 
 
