@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from bench.loadlib.netns import RELAY_HOST, Network
+from tests.certificates import Authority
 from tests.interop.browser import PROGRAMS, WEB, Browser, ice_server
 from tests.interop.needs import needs_packages, needs_programs
-from tests.interop.network import PORT, relay_in
+from tests.interop.network import PORT, RELAY_NAME, relay_in
 from tests.process import RelayProcess
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -89,10 +90,45 @@ def test_a_call_goes_on_after_the_relay_has_come_back_with_another_secret(
         hang_up(browser, browser)
 
 
-def connect(alice: Browser, bob: Browser, relay: RelayProcess, *, with_media: bool = False) -> None:
-    """Connect two ends, alice and bob, which may be in one browser."""
-    for browser, name in ((alice, "alice"), (bob, "bob")):
-        browser.call("create", name, ice_server(relay, RELAY_HOST))
+@pytest.mark.parametrize("kind", PROGRAMS)
+@pytest.mark.parametrize("transport", ["tcp", "tls"])
+def test_a_call_where_no_udp_comes_through(
+    network: Network, tmp_path: Path, kind: str, transport: str
+) -> None:
+    """Alice's network lets only TCP through, or only what looks like the web; bob's has UDP."""
+    needs_programs(PROGRAMS[kind], "certutil")
+    needs_packages(WEB)
+    authority = Authority()
+    chain, key = authority.issue(RELAY_NAME).write_to(tmp_path)
+    arguments = [f"--tcp-port={PORT}", "--tls-port=443", f"--tls-cert={chain}", f"--tls-key={key}"]
+    url = f"turn:{RELAY_HOST}:{PORT}?transport=tcp"
+    if transport == "tls":
+        url = f"turns:{RELAY_NAME}:443?transport=tcp"  # to an address Firefox speaks no TLS
+    with (
+        relay_in(network, PORT + 2, *arguments, "--user=root") as relay,
+        Browser(kind, network.clients, tmp_path / kind, authority) as browser,
+    ):
+        assert url in relay.urls
+        connect(browser, browser, relay, with_media=True, urls=(url, ""))
+        assert browser.call("relayProtocol", "alice") == transport
+        assert browser.call("relayProtocol", "bob") == "udp"
+        exchange(browser, browser)
+        for name in ("alice", "bob"):
+            browser.call("media", name, COUNT)
+        hang_up(browser, browser)
+
+
+def connect(
+    alice: Browser,
+    bob: Browser,
+    relay: RelayProcess,
+    *,
+    with_media: bool = False,
+    urls: tuple[str, str] = ("", ""),
+) -> None:
+    """Connect two ends, alice and bob, which may be in one browser; by UDP or other *urls*."""
+    for browser, name, url in ((alice, "alice", urls[0]), (bob, "bob", urls[1])):
+        browser.call("create", name, ice_server(relay, RELAY_HOST, url))
         if with_media:
             browser.call("addMedia", name)
     shake_hands(alice, bob)

@@ -168,11 +168,16 @@ def all_of(messages: int) -> Statistics:
 
 
 async def uclient(
-    relay: RelayProcess, server: str, *options: str, user: list[str] | None = None
+    relay: RelayProcess,
+    server: str,
+    *options: str,
+    user: list[str] | None = None,
+    port: int = 0,
 ) -> Statistics:
     """Run uclient to its end. At random it asks for an even port, or for none such."""
-    credential = user or ["-u", relay.username, "-w", relay.password]
-    exit_code, output = await run(UCLIENT, "-p", str(relay.port), *credential, *options, server)
+    arguments = ["-p", str(port or relay.port), *(user or ["-u", relay.username])]
+    arguments += [] if user else ["-w", relay.password]
+    exit_code, output = await run(UCLIENT, *arguments, *options, server)
     assert exit_code == 0, output
     *_, (sent, received) = re.findall(r"tot_send_msgs=(\d+), tot_recv_msgs=(\d+)", output)
     [(lost, dropped)] = re.findall(r"Total lost packets (\d+) .*, total send dropped (\d+)", output)

@@ -110,6 +110,17 @@ globalThis.ends = {
 
   // The types of the two candidates that data flows between.
   async pair(name) {
+    const [local, remote] = await this.candidates(name);
+    return [local.candidateType, remote.candidateType];
+  },
+
+  // Over which protocol the relay of an end is reached: udp, tcp or tls.
+  async relayProtocol(name) {
+    return (await this.candidates(name))[0].relayProtocol;
+  },
+
+  // The two candidates that data flows between.
+  async candidates(name) {
     const end = table[name];
     const [transport] = await end.statistics("transport");
     const pairs = await end.statistics("candidate-pair");
@@ -120,8 +131,8 @@ globalThis.ends = {
       ...(await end.statistics("local-candidate")),
       ...(await end.statistics("remote-candidate")),
     ];
-    return [selected.localCandidateId, selected.remoteCandidateId].map(
-      (wanted) => candidates.find(({ id }) => id === wanted).candidateType,
+    return [selected.localCandidateId, selected.remoteCandidateId].map((wanted) =>
+      candidates.find(({ id }) => id === wanted),
     );
   },
 
