@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
@@ -144,13 +145,24 @@ class Flooded:
 @contextmanager
 def flooding(sock: socket.socket, datagrams: Sequence[bytes], rate: float) -> Iterator[Flooded]:
     """Send *datagrams* over and over through *sock*, at that rate, in a process of its own."""
-    flooded = Flooded()
     if not rate:
-        yield flooded
+        yield Flooded()
         return
+    with beside(partial(_flood, sock, datagrams, rate)) as flooded:
+        yield flooded
+
+
+@contextmanager
+def beside(flood: Callable[[Connection], None]) -> Iterator[Flooded]:
+    """Run *flood* in a process of its own, in the namespace of this thread.
+
+    It says when it has begun, ends when it is told that it is enough, and then says how much it did
+    per second.
+    """
+    flooded = Flooded()
     context = multiprocessing.get_context("fork")
     ours, its = context.Pipe()
-    process = context.Process(target=_flood, args=(sock, datagrams, rate, its), daemon=True)
+    process = context.Process(target=flood, args=(its,), daemon=True)
     process.start()
     try:
         ours.recv()  # it has begun

@@ -126,6 +126,9 @@ class Unheard:
         """Do nothing."""
         return True
 
+    def answer(self, message: bytes) -> None:
+        """Do nothing."""
+
     def send_many(self, pieces: Pieces, each: int, size: int, tos: int = 0) -> int:  # noqa: ARG002
         """Do nothing."""
         return len(pieces) // each

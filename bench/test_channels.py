@@ -114,6 +114,9 @@ class Nothing:
         """Do nothing."""
         return True
 
+    def answer(self, message: bytes) -> None:
+        """Do nothing."""
+
     def send_whole(self, datagram: memoryview | bytes, tos: int = 0) -> bool:  # noqa: ARG002
         """Do nothing."""
         return True

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +116,17 @@ _RELAY_PORTS: Final = {3478: (10_000, 27_999), 3479: (28_000, 45_999), 3490: (46
 
 @contextmanager
 def running(
-    name: str, network: Network, cpu: int, folder: Path, *, limited: bool = False
+    name: str,
+    network: Network,
+    cpu: int,
+    folder: Path,
+    *,
+    limited: bool = False,
+    more: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Run one of :data:`SERVERS`, with its log in *folder*; yield it once it answers.
 
+    *more* are arguments for it; with any, coturn serves TCP and TLS, too.
     Unless it is to be *limited*, the relay serves one address and one user without end, as coturn
     does. Raises LoadError.
     """
@@ -127,6 +134,9 @@ def running(
     command, credentials = SERVERS[name](port, folder)
     if name in {"relay", IN_KERNEL} and not limited:
         command += UNLIMITED
+    if more:
+        command = [word for word in command if word not in {"--no-tls", "--no-tcp"}]
+    command += more
     within = ["ip", "netns", "exec", network.relay, "taskset", "-c", str(cpu)]
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT)}
     with log.open("w") as output:
