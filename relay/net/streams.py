@@ -671,14 +671,14 @@ class Stream:
         self._queue_size += len(message)
         self._streams.queued += len(message)
         self._push_soon()
-        if self._queue_size > SENT_AT_ONCE:
+        if self._queue_size > SENT_AT_ONCE or self._streams.queued > QUEUED_IN_ALL:
             if not self._is_blocked:
                 self._push()
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         """Drop what is more than may wait: of datagrams in real time the oldest is worth least."""
-        most = QUEUED if self._streams.queued <= QUEUED_IN_ALL else SENT_AT_ONCE
+        most = QUEUED if self._streams.queued <= QUEUED_IN_ALL else 0
         while self._queue_size > most:
             size = len(self._queue.popleft())
             self._queue_size -= size
