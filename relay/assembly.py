@@ -479,9 +479,10 @@ def _kernel_path(
         return None
     try:
         # Only here: it takes ctypes, which not every Python has, or may use.
-        from relay.xdp.attach import KernelPath, usual_devices  # noqa: PLC0415
+        from relay.xdp.attach import KernelPath  # noqa: PLC0415
+        from relay.xdp.devices import usual_devices  # noqa: PLC0415
         from relay.xdp.routes import KernelRoutes  # noqa: PLC0415
-    except (ImportError, MemoryError) as error:
+    except (ImportError, MemoryError, OSError) as error:
         leave_to_sockets(config, XdpError(f"it takes ctypes: {error}"))
         return None
 
@@ -497,7 +498,12 @@ def _kernel_path(
         )
 
     hosts = (*config.public_hosts.values(), *config.bind_hosts.values())
-    path = KernelPath(config.xdp, config.xdp_devices or usual_devices(hosts), make_routes)
+    path = KernelPath(
+        config.xdp,
+        config.xdp_devices or usual_devices(hosts),
+        make_routes,
+        are_named=bool(config.xdp_devices),
+    )
     try:
         path.start(config.public_hosts)
     except XdpError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.loadlib.farend import like_a_cable
+from bench.loadlib.farend import finish_checksums, like_a_cable
 from bench.loadlib.netns import inside
 from relay.stun.const import Family
 from tests.interop.needs import needs_programs
@@ -19,7 +19,7 @@ from tests.seccomp import BPF, refusing
 from tests.xdpbed import needs_bpf
 from tests.xdpworld import HTTP, World, namespaces, two_interfaces
 
-MAP_DELETE = 3  # commands of bpf(2)
+MAP_DELETE_BATCH = 27  # commands of bpf(2)
 PROG_LOAD = 5
 LINK_CREATE = 28
 EX_OSERR = 71
@@ -126,7 +126,7 @@ HINDRANCES = {
     "maps need privileges": Hindrance(
         "a map cannot be written without privileges (Operation not permitted): that takes Linux "
         "5.19",
-        refused=(MAP_DELETE, errno.EPERM),
+        refused=(MAP_DELETE_BATCH, errno.EPERM),
     ),
     "busy": Hindrance(
         f"{ATTACHED}Device or resource busy (another program is there already", arrange=taken
@@ -192,6 +192,53 @@ def test_generic_mode_is_for_devices_without_driver_support(world: World) -> Non
         replace(world, devices=("bridge0", "towards0")).starts(xdp="generic") as relay,
     ):
         relay.logs("xdp: the kernel relays channels at bridge0 (generic), towards0 (native)")
+
+
+@pytest.mark.parametrize("device", ["towards0", "towards1"])
+def test_a_veth_is_not_taken_unless_it_is_named(world: World, device: str) -> None:
+    """Its other end may be a container's, which takes nothing that the driver sends."""
+    reason = f"xdp: {device}: it is a veth, and what its driver is to send is lost unless"
+    with replace(world, devices=()).starts(xdp="auto") as relay:
+        assert reason in relay.logs(f"xdp: {device}")
+        relay.logs("; the sockets relay everything")
+    with replace(world, devices=(device,)).starts(xdp="auto") as relay:
+        assert reason in relay.logs("WARNING relay.xdp")
+        relay.logs(f"xdp: the kernel relays channels at {device} (native)")
+
+
+def test_generic_mode_relays_at_an_ordinary_veth(world: World) -> None:
+    """With whole checksums, as they come from another machine; nothing is lost on the way."""
+    with ExitStack() as stack:
+        for name in (world.clients, world.peers):
+            with inside(name):
+                finish_checksums("eth0")
+        relay = stack.enter_context(replace(world, devices=()).starts(xdp="generic"))
+        relay.logs("xdp: the kernel relays channels at towards0 (generic), towards1 (generic)")
+        client = stack.enter_context(world.client(relay, Family.IPV4))
+        peer = stack.enter_context(world.peer(Family.IPV4))
+        relayed = client.allocates()
+        client.binds(0x4001, peer.address)
+        for number in range(20):
+            client.sends(0x4001, b"up %d" % number)
+            assert peer.receives() == (b"up %d" % number, relayed)
+            peer.sends(b"down %d" % number, relayed)
+            assert client.receives() == (0x4001, b"down %d" % number)
+        with inside(world.relay):
+            metrics = scrape(HTTP)
+    assert metrics["relay_relayed_packets_total", "udp", "client_to_peer", "xdp"] > 10
+
+
+def test_more_devices_than_frames_can_leave_by(world: World) -> None:
+    """The program is at all of them; what would go from one to those beyond goes by the sockets."""
+    names = [f"tap{number}" for number in range(20)]
+    with ExitStack() as stack:
+        for name in names:
+            ip("-n", world.relay, "tuntap", "add", name, "mode", "tap")
+            stack.callback(ip, "-n", world.relay, "tuntap", "delete", name, "mode", "tap")
+            ip("-n", world.relay, "link", "set", name, "up")
+        with replace(world, devices=tuple(names)).starts(xdp="require") as relay:
+            relay.logs("what comes in elsewhere leaves here by the sockets: Argument list too long")
+            relay.logs("xdp: the kernel relays channels at tap0 (native)")
 
 
 @contextmanager

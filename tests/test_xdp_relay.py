@@ -339,6 +339,7 @@ def test_with_a_portal_it_is_attached_before_anybody_is_asked_over_the_network(
     relay = RelayProcess(
         "--public-ip4-addr=192.0.2.1",
         "--xdp=require",
+        *(f"--xdp-device={device}" for device in small.devices),
         "--api-url=ws://127.0.0.1:9",  # where nobody listens
         port=PORT,
         prefix=("ip", "netns", "exec", small.relay),
@@ -534,10 +535,10 @@ def test_the_usual_devices_are_those_of_the_default_routes(
 ) -> None:
     with make() as world:
         unnamed = replace(world, devices=())
-        with unnamed.starts() as relay:
-            relay.logs("xdp: the kernel relays channels at eth0 (native)")
+        with unnamed.starts(xdp="generic") as relay:
+            relay.logs("xdp: the kernel relays channels at eth0 (generic)")
 
 
 def test_without_a_default_route_all_devices_are_usual(small: World) -> None:
-    with replace(small, devices=()).starts() as relay:
-        relay.logs("xdp: the kernel relays channels at towards0 (native), towards1 (native)")
+    with replace(small, devices=()).starts(xdp="generic") as relay:
+        relay.logs("xdp: the kernel relays channels at towards0 (generic), towards1 (generic)")

@@ -1,23 +1,22 @@
 """Putting the program to work: at which devices, in which mode, and if not, why not."""
 
 import errno
-import fcntl
 import logging
 import os
 import socket
 import struct
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
-from relay.net.addresses import WILDCARDS, dump_addresses, pack
 from relay.observe.counters import NOT_ATTACHED, PACKET_SIZES, InKernel, Relayed
 from relay.stun.const import Family
 from relay.xdp import XdpError, bpf
+from relay.xdp.devices import SENDING_DRIVERS, VETH, driver_of, is_ethernet
 from relay.xdp.routes import KNOWN_FAILURES, KernelRoutes, LostControl, RouteMap
 
 logger = logging.getLogger("relay.xdp")
@@ -59,6 +58,12 @@ _ATTACH_HELP: Final = {
 }
 
 
+_VETH_HELP: Final = (
+    "it is a veth, and what its driver is to send is lost unless there is a program or GRO at the "
+    "other end; --xdp generic does without the driver, --xdp-device names it all the same"
+)
+
+
 class MakeRoutes(Protocol):
     """Returns what writes to a map of routes."""
 
@@ -69,9 +74,12 @@ class MakeRoutes(Protocol):
 class KernelPath:
     """The program and the devices where it is to be attached. What it does not do, sockets do."""
 
-    def __init__(self, mode: Mode, devices: Iterable[str], make_routes: MakeRoutes) -> None:
-        """Begin without a program."""
+    def __init__(
+        self, mode: Mode, devices: Iterable[str], make_routes: MakeRoutes, *, are_named: bool
+    ) -> None:
+        """Begin without a program. *are_named*: the operator has chosen the *devices*."""
         self._mode = mode
+        self._are_named = are_named
         self._make_routes = make_routes
         self._devices = dict.fromkeys(devices, NOT_ATTACHED)
         self._program: bpf.Program | None = None
@@ -121,7 +129,7 @@ class KernelPath:
         nobodys = bytes(routes.definition.key_size)  # the flow of no datagram
         try:
             routes.update(nobodys, bytes(routes.definition.value_size))
-            routes.delete(nobodys)
+            routes.delete_many(nobodys, 1)
         except OSError as error:
             self._detach()
             problem = f"a map cannot be written without privileges ({error.strerror})"
@@ -171,15 +179,23 @@ class KernelPath:
             index = socket.if_nametoindex(device)
         except OSError:
             raise XdpError(f"{device}: there is no such device") from None
-        if not _is_ethernet(device):
+        if not is_ethernet(device):
             raise XdpError(f"{device}: it is no Ethernet device")
+        is_veth = driver_of(device) == VETH
+        if is_veth and self._are_named:
+            logger.warning("xdp: %s: %s", device, _VETH_HELP)
         for mode in ("native", "generic") if self._mode == "generic" else ("native",):
+            if mode == "native" and is_veth and not self._are_named:
+                failure = OSError(errno.EOPNOTSUPP, _VETH_HELP)
+                continue
             try:
                 self._links.append(program.attach(index, _MODES[mode]))
             except OSError as error:
                 failure = error
             else:
                 return mode
+        if is_veth and not self._are_named:
+            raise XdpError(f"{device}: {_VETH_HELP}")
         raise XdpError(_explained(f"{device}: it cannot be attached", failure, _ATTACH_HELP))
 
     def _allow_to_leave(self, program: bpf.Program) -> None:
@@ -190,22 +206,25 @@ class KernelPath:
         modes = set(self._devices.values()) - {NOT_ATTACHED}
         only = "native" if "native" in modes else "generic"
         for device, mode in self._devices.items():
-            if mode == only:
+            if mode != only:
+                continue
+            if mode == "native" and driver_of(device) not in SENDING_DRIVERS:
+                logger.info(
+                    "xdp: %s: what comes in elsewhere leaves here by the sockets: its driver (%s) "
+                    "is not known to send for another device",
+                    device,
+                    driver_of(device) or "unknown",
+                )
+                continue
+            try:
                 key = struct.pack("=I", socket.if_nametoindex(device))
                 program.maps["devices"].update(key, key)
-
-
-def usual_devices(hosts: Iterable[str]) -> list[str]:
-    """Return the Ethernet devices at which the program is put if the operator names none.
-
-    Those are the ones that have one of *hosts*, wildcards aside, and those of the default routes;
-    on a host without a default route all that have an address.
-    """
-    wanted = {pack(host) for host in hosts if host not in WILDCARDS}
-    owners = {packed: _device(index) for index, _, packed in dump_addresses()}
-    found = set(_devices_of_default_routes()) or set(owners.values())
-    found |= {device for packed, device in owners.items() if packed in wanted}
-    return sorted(device for device in found if device and _is_ethernet(device))
+            except OSError as error:  # there are too many, or it has just gone
+                logger.warning(
+                    "xdp: %s: what comes in elsewhere leaves here by the sockets: %s",
+                    device,
+                    error.strerror,
+                )
 
 
 def load() -> bpf.Program:
@@ -241,44 +260,3 @@ def _forward_from_loopback(family: Family) -> None:
             f"{setting} is off and cannot be written: set it by sysctl -w {setting}=1, or by a "
             "file in /etc/sysctl.d, as contrib/systemd/firezone-relay.sysctl.conf does"
         )
-
-
-# --- Devices --------------------------------------------------------------------------------
-
-_SIOCGIFHWADDR: Final = 0x8927  # <linux/sockios.h>
-_IFREQ: Final = struct.Struct("16sH22x")  # name and address family of <linux/if.h>
-_ARPHRD_ETHER: Final = 1  # <linux/if_arp.h>
-_RTF_REJECT: Final = 0x200  # <linux/route.h>
-
-
-def _is_ethernet(device: str) -> bool:
-    """Tell if frames of a device begin with an Ethernet header. lo says that its do not."""
-    request = _IFREQ.pack(device.encode(), 0)
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            answer = fcntl.ioctl(sock, _SIOCGIFHWADDR, request)
-    except OSError:
-        return False
-    kind: int = _IFREQ.unpack(answer)[1]
-    return kind == _ARPHRD_ETHER
-
-
-def _device(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError:  # it has just gone
-        return ""
-
-
-def _devices_of_default_routes() -> Iterator[str]:
-    """Yield the devices of the default routes that lead somewhere. See proc_net(5), route(8)."""
-    with suppress(OSError):
-        for line in Path("/proc/thread-self/net/route").read_text().splitlines()[1:]:
-            device, destination, _, flags, _, _, _, mask, *_ = line.split()
-            if int(destination, 16) == int(mask, 16) == 0 and not int(flags, 16) & _RTF_REJECT:
-                yield device
-    with suppress(OSError):
-        for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines():
-            destination, length, *_, flags, device = line.split()
-            if int(destination, 16) == int(length, 16) == 0 and not int(flags, 16) & _RTF_REJECT:
-                yield device

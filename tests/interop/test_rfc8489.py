@@ -34,9 +34,11 @@ SHA256_KEY = long_term_key("carol", "firezone", "word", PasswordAlgorithm.SHA_25
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program ``turn-client-proto/src/main.rs``."""
     needs_programs("cargo")
-    said = subprocess.run(["cargo", "--version"], capture_output=True, text=True, check=True).stdout
-    if tuple(map(int, said.split()[1].split(".")[:2])) < OLDEST_RUST:
-        pytest.skip(f"turn-client-proto takes Rust 1.80: this is {said}")
+    asked = subprocess.run(["cargo", "--version"], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        missing(f"cargo does not work: {asked.stderr[:500]}")
+    if tuple(map(int, asked.stdout.split()[1].split(".")[:2])) < OLDEST_RUST:
+        pytest.skip(f"turn-client-proto takes Rust 1.80: this is {asked.stdout}")
     folder = tmp_path_factory.mktemp("rust") / "turn-client-proto"
     shutil.copytree(HERE / folder.name, folder)  # cargo writes a lock beside what it builds
     built = subprocess.run(
