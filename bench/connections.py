@@ -216,6 +216,29 @@ def shaking_hands(_: Server) -> Iterator[None]:
         yield
 
 
+def tiny_records(_: Server) -> Iterator[None]:
+    """Send records of TLS with a byte in each, in lots of a hundred."""
+    context = without_checks()
+
+    def opened(number: int) -> ssl.SSLSocket:
+        sock = _connect(number, TLS_PORT)
+        select.select([], [sock], [], 1.0)
+        sock.settimeout(1.0)
+        return context.wrap_socket(sock)
+
+    socks = [opened(number) for number in range(10)]
+    number = 0
+    while True:
+        number += 1
+        try:
+            for at in range(100):
+                socks[number % 10].send(BINDING[at % len(BINDING) :][:1])
+        except OSError:
+            socks[number % 10].close()
+            socks[number % 10] = opened(number)
+        yield
+
+
 def byte_by_byte(_: Server) -> Iterator[None]:
     """Send requests on many connections, a segment for each byte."""
     socks = [_connect(number, TCP_PORT) for number in range(HELD)]
@@ -291,6 +314,7 @@ KINDS: Final = (
     Kind("connect, ask once, close", connecting(TCP_PORT, BINDING), 3000),
     Kind("TLS: a hello, and reset", connecting(TLS_PORT, hello(), resets=True), 3000),
     Kind("TLS: whole handshakes", shaking_hands, 300),
+    Kind("TLS: a byte in each record, 100 at once", tiny_records, 200),
     Kind("requests byte by byte, 500 connections", byte_by_byte, 20_000),
     Kind(
         "tiny messages, 10,000 in one piece", many_messages(b"\x40\x00\x00\x00", count=10_000), 200

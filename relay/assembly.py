@@ -30,7 +30,7 @@ from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.porthosts import PortHosts
 from relay.net.reactor import Reactor, log_bug
-from relay.net.streams import STREAM_FULL, End, Limits, Streams, listen_tcp
+from relay.net.streams import STREAM_FULL, End, Limits, Streams, adopt_tcp, listen_tcp
 from relay.net.udp import USUAL_LOSSES, PortOpener, PortSocket, Receiver, Shared
 from relay.observe.counters import STREAM_TRANSPORTS, Connections, Counters
 from relay.observe.http import HealthServer
@@ -344,12 +344,17 @@ def _streams(
     streams = Streams(reactor, limits, counters.lost, config.tls_identity)
     for transport, port in ports.items():
         given = handed_over[socket.SOCK_STREAM, port]
+        try:
+            for sock in given.values():
+                streams.add(adopt_tcp(sock), transport)
+        except ValueError as error:
+            raise ConfigError(f"systemd has handed over {error}") from error
         for family, host in config.bind_hosts.items():
-            try:
-                sock = given[family] if family in given else listen_tcp(host, port)
-            except OSError as error:
-                raise _cannot_listen(host, port, transport.upper(), error) from error
-            streams.add(sock, transport)
+            if family not in given:
+                try:
+                    streams.add(listen_tcp(host, port), transport)
+                except OSError as error:
+                    raise _cannot_listen(host, port, transport.upper(), error) from error
     return streams
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.datapath.streamside import RUN, SINGLE, TURN
+from relay.datapath.streamside import RUN, SHARE, SINGLE
 from relay.net.streams import Broken, Then
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Kind, Method
@@ -251,6 +251,7 @@ def test_byte_by_byte() -> None:
         pytest.param(b"\x00\x01\x00\x04\x21\x12\xa4\x43" + bytes(12), id="STUN without the cookie"),
         pytest.param(b"\x00\x03\x10\x00", id="a request of 4 KiB"),
         pytest.param(b"\x40\x01\x08\x00", id="ChannelData of 2 KiB, without an allocation"),
+        pytest.param(b"\x40\x01\x08\x00" + bytes(2048), id="the same, and all of it"),
     ],
 )
 def test_what_has_no_end_ends_the_connection(relay: Scenario, data: bytes) -> None:
@@ -322,11 +323,11 @@ def test_what_cannot_be_sent_at_once_is_sent_one_by_one(
 @pytest.mark.parametrize(
     ("message", "most"),
     [
-        pytest.param(channel_data(0x4001, b"four") + BINDING, TURN // SINGLE, id="one by one"),
-        pytest.param(channel_data(0x4001, b"four"), TURN, id="a run"),
-        pytest.param(channel_data(0x4001, b""), TURN // SINGLE, id="nothing at all"),
-        pytest.param(channel_data(0x4002, b"four"), TURN // SINGLE, id="not bound"),
-        pytest.param(BINDING, TURN // SINGLE, id="requests"),
+        pytest.param(channel_data(0x4001, b"four") + BINDING, SHARE // SINGLE, id="one by one"),
+        pytest.param(channel_data(0x4001, b"four"), SHARE, id="a run"),
+        pytest.param(channel_data(0x4001, b""), SHARE // SINGLE, id="nothing at all"),
+        pytest.param(channel_data(0x4002, b"four"), SHARE // SINGLE, id="not bound"),
+        pytest.param(BINDING, SHARE // SINGLE, id="requests"),
     ],
 )
 def test_others_have_their_turn_after_so_many(

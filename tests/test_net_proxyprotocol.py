@@ -70,6 +70,9 @@ def test_a_header_says_where_a_client_is(header: bytes, source: tuple[str, int] 
         pytest.param(b"PROXY UDP4 192.0.2.7 198.51.100.1 1 2\r\n", id="another transport"),
         pytest.param(b"PROXY TCP4 192.0.2.777 198.51.100.1 1 2\r\n", id="no address"),
         pytest.param(b"PROXY TCP4 192.0.2.7 198.51.100.1 65536 2\r\n", id="no port"),
+        pytest.param(b"PROXY TCP4 192.0.2.7 198.51.100.1 00000999999 2\r\n", id="many zeros"),
+        pytest.param(b"PROXY TCP4 2001:db8::7 2001:db8::1 1 2\r\n", id="not of that family"),
+        pytest.param(b"PROXY TCP6 fe80::1%eth0 fe80::2 1 2\r\n", id="with a scope"),
         pytest.param(
             b"PROXY TCP4 192.0.2.7 198.51.100.1 1_0 2\r\n", id="not how ports are spelled"
         ),

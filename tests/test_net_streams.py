@@ -19,6 +19,7 @@ from relay.net.streams import (
     LATER,
     PATIENCE,
     QUEUED,
+    SENT_AT_ONCE,
     Broken,
     End,
     Limits,
@@ -27,7 +28,7 @@ from relay.net.streams import (
     Then,
     listen_tcp,
 )
-from relay.net.tls import Identity, read_chain
+from relay.net.tls import RECORDS_AT_ONCE, Identity, read_chain
 from tests.certificates import Authority
 
 CLIENT = ("127.0.0.1", 0)
@@ -57,6 +58,7 @@ class Receiver:
         self.ended: list[int] = []
         self.in_use: set[int] = set()
         self.refuses = self.fails = False
+        self.fails_to_forget: set[int] = set()
         self.then = Then.MORE
         self.at_once = 1 << 30  # bytes
 
@@ -81,6 +83,8 @@ class Receiver:
         return served, then
 
     def on_disconnected(self, client: int) -> None:
+        if client in self.fails_to_forget:
+            raise RuntimeError("a bug")
         self.ended.append(client)
 
     def is_in_use(self, client: int) -> bool:
@@ -244,13 +248,17 @@ def test_what_has_to_wait_is_served_later(world: World) -> None:
 
 def test_much_is_read_in_portions(world: World) -> None:
     client = opens(world)
+    world.receiver.in_use = {0}
+    client.send(b"used")  # from now on it is read in large ones
+    world.turns()
+    world.receiver.taken.clear()
     data = os.urandom(1 << 20)
     sent = 0
     while sent < len(data):
         with suppress(BlockingIOError, ssl.SSLWantWriteError):
             sent += client.send(data[sent : sent + 50_000])
         world.turns(1)
-    world.turns(50)
+    world.turns(200)
     assert b"".join(world.receiver.taken) == data
     assert max(map(len, world.receiver.taken)) <= 160 << 10
 
@@ -293,7 +301,7 @@ def test_a_client_that_does_not_read_loses_the_oldest_datagrams(world: World) ->
     for message in messages(count):
         assert stream.send(message)
         world.turns(1)
-    assert world.streams.queued <= QUEUED
+    assert world.streams.queued <= QUEUED + 2 * SENT_AT_ONCE  # with what has begun to be sent
     assert set(world.losses) == {"stream_full"}
 
     stream.answer(b"answered")
@@ -353,6 +361,24 @@ def test_all_clients_together_have_a_limit(world: World, monkeypatch: pytest.Mon
     assert world.losses == []
 
 
+def test_the_slowest_make_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for a client that is slow for a moment is not dropped for one that has stopped."""
+    monkeypatch.setattr("relay.net.streams.QUEUED_IN_ALL", 250 << 10)
+    clients = [opens(world) for _ in range(3)]
+    slow = world.receiver.streams
+    for stream in slow:  # until the kernel takes nothing more
+        while not stream._is_blocked:
+            stream.send(bytes(1000))
+            world.turns(1)
+    for stream in slow:
+        for _ in range(100):
+            stream.send(bytes(1000))
+    assert set(world.losses) <= {"stream_full"}
+    assert len(slow[2]._queue) >= 100
+    assert len(slow[0]._queue) < 100
+    assert all(received(world, client) for client in clients)
+
+
 def test_answers_are_not_dropped_and_clog(world: World) -> None:
     client = opens(world)
     (stream,) = world.receiver.streams
@@ -376,6 +402,25 @@ def test_a_client_closes(world: World) -> None:
     assert world.receiver.ended == [0]
     assert world.ended() == {"client": 1}
     assert len(world.streams) == 0
+
+
+def test_what_came_before_the_end_is_served_though_it_has_to_wait(world: World) -> None:
+    """And what is answered is sent."""
+    client = opens(world)
+    world.receiver.at_once = 4
+    client.send(b"AAAABBBBCCCC")
+    if isinstance(client, ssl.SSLSocket):
+        with suppress(ssl.SSLWantReadError):
+            client.unwrap()
+    else:
+        client.shutdown(socket.SHUT_WR)
+    world.turns(1)
+    world.receiver.streams[0].answer(b"answered")
+    world.turns(8)
+    assert world.receiver.taken == [b"AAAA", b"BBBB", b"CCCC"]
+    assert world.ended() == {"client": 1}
+    heard = client.recv(100) if world.transport == "tcp" else b"answered"
+    assert heard == b"answered"
 
 
 def test_what_came_before_the_end_is_served(world: World) -> None:
@@ -439,6 +484,18 @@ def test_a_bug_ends_the_connection_it_came_up_on(tcp: World) -> None:
     other.send(b"data")
     tcp.turns()
     assert tcp.receiver.taken == [b"data"]
+
+
+def test_a_bug_at_one_connection_silences_no_other(tcp: World) -> None:
+    clients = [opens(tcp) for _ in range(3)]
+    streams = tcp.receiver.streams
+    tcp.receiver.fails_to_forget = {0}
+    for stream in streams:
+        stream.send(b"four")
+    streams[0]._failure = End.RESET
+    tcp.turns(1)
+    assert [str(bug) for bug in tcp.bugs] == ["a bug"]
+    assert [received(tcp, client) for client in clients[1:]] == [b"four"] * 2
 
 
 def test_at_the_end_clients_are_told(world: World) -> None:
@@ -517,6 +574,39 @@ def test_one_handshake_per_iteration(tls: World) -> None:
     for done in range(1, 9):
         tls.turns(1)
         assert sum(has_something(client) for client in clients) == done
+
+
+def test_who_sends_a_part_of_a_hello_holds_up_nobody(tls: World) -> None:
+    clients = [tls.connects() for _ in range(50)]
+    hello = hello_of()
+    last = tls.connects()
+    for client in clients:
+        client.send(hello[:1])
+    last.send(hello)
+    tls.turns(5)  # sixteen connections in each
+    assert has_something(last)
+
+
+def test_records_are_read_in_shares(tls: World) -> None:
+    """One byte in each would take as long to decrypt as thousands."""
+    alice, bob = opens(tls), opens(tls)
+    for _ in range(200):
+        alice.send(b"a")
+    bob.send(b"four")
+    tls.turns(1)
+    assert b"four" in tls.receiver.taken
+    assert len(b"".join(tls.receiver.taken)) <= 4 + RECORDS_AT_ONCE
+    tls.turns(10)
+    assert len(b"".join(tls.receiver.taken)) == 4 + 200
+
+
+def test_who_makes_tls_talk_has_to_go(tls: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By KeyUpdates, of which each asks for an answer. RFC 8446 §4.6.3."""
+    client = opens(tls)
+    monkeypatch.setattr("relay.net.streams.LARGEST_REPLY", -1)  # as if there had been too many
+    client.send(b"four")
+    tls.turns()
+    assert tls.ended() == {"tls": 1}
 
 
 def test_a_hello_may_come_byte_by_byte(tls: World) -> None:
@@ -630,7 +720,21 @@ def test_who_has_an_allocation_stays_until_it_ends(world: World) -> None:
     assert len(world.streams) == 1
     world.receiver.in_use = set()
     world.passes(PATIENCE)
+    world.passes(PATIENCE)
     assert world.ended() == {"idle": 1}
+
+
+def test_who_allocates_again_stays(world: World) -> None:
+    """An allocation may have ended a moment before somebody looks."""
+    opens(world)
+    world.receiver.in_use = {0}
+    world.passes(PATIENCE)
+    world.receiver.in_use = set()
+    world.passes(PATIENCE)
+    world.receiver.in_use = {0}
+    for _ in range(3):
+        world.passes(PATIENCE)
+    assert len(world.streams) == 1
 
 
 def test_each_has_its_own_time(world: World) -> None:
@@ -661,7 +765,17 @@ def test_if_all_are_in_use_nobody_goes(world: World) -> None:
     client = world.connects()
     assert is_reset(client)
     assert world.ended() == {"full": 1}
-    assert world.receiver.ended == []
+    assert world.receiver.ended == [3]
+
+
+@pytest.mark.parametrize("limits", [Limits(connections=3, per_address=None)])
+def test_who_is_refused_crowds_nobody_out(world: World) -> None:
+    for _ in range(3):
+        opens(world)
+    world.receiver.refuses = True
+    assert is_reset(world.connects())
+    assert world.ended() == {"rate": 1}
+    assert len(world.streams) == 3
 
 
 @pytest.mark.parametrize("limits", [Limits(connections=9, per_address=2)])

@@ -7,7 +7,16 @@ from datetime import timedelta
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from relay.net.tls import ALPN, Chain, Identity, TlsSession, hosts_of, read_chain, read_key
+from relay.net.tls import (
+    ALPN,
+    RECORDS_AT_ONCE,
+    Chain,
+    Identity,
+    TlsSession,
+    hosts_of,
+    read_chain,
+    read_key,
+)
 from tests.certificates import Authority, Certificate
 
 
@@ -163,7 +172,8 @@ def test_client_and_relay_talk(
     client.shakes_hands(session)
     client.hears(session.output())
     assert client.tls.selected_alpn_protocol() == ALPN[0]
-    session.feed(memoryview(client.says(b"ping" * 10_000)))
+    records = memoryview(client.says(b"ping" * 10_000))
+    assert session.feed(records) == len(records)
     assert read(session) == b"ping" * 10_000
     assert client.hears(session.seal([b"pong" * 10_000, b"end"])) == b"pong" * 10_000 + b"end"
 
@@ -174,6 +184,21 @@ def test_each_message_has_a_record_of_its_own(authority: Authority, identity: Id
     client.hears(session.output())
     client.arrives(session.seal([b"one", b"two", bytes(20_000)]))
     assert [len(client.tls.read(1 << 16)) for _ in range(4)] == [3, 3, 16384, 3616]
+
+
+def test_so_many_records_are_taken_at_once(authority: Authority, identity: Identity) -> None:
+    """Wherever they are cut."""
+    client, session = TlsClient(authority), TlsSession(identity.context())
+    client.shakes_hands(session)
+    records = b"".join(client.says(bytes([number])) for number in range(100))
+    one = len(records) // 100
+    assert session.feed(memoryview(records)) == RECORDS_AT_ONCE * one
+    at, heard = RECORDS_AT_ONCE * one, read(session)
+    while at < len(records):
+        assert session.feed(memoryview(records[at : at + 7])) == len(records[at : at + 7])
+        at += 7
+        heard += read(session)
+    assert heard == bytes(range(100))
 
 
 def test_older_versions_are_refused(authority: Authority, identity: Identity) -> None:

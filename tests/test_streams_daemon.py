@@ -307,12 +307,33 @@ def test_sockets_of_systemd_are_used(ports: Ports, arguments: list[str]) -> None
             descriptors=tuple(sock.fileno() for sock in handed_over),
             variables=variables,
         ) as relay:
+            with tcp.dup() as shared:  # or who binds it again would have to wait for TIME_WAIT
+                assert shared.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
             for sock in handed_over:
                 sock.close()
             assert f"127.0.0.1:{ports.tcp} (TCP)" in relay.logs("relaying")
             assert "not used: 127.0.0.1:" in relay.errors()
             with client_of(relay, ("127.0.0.1", ports.tls), tls=True) as alice:
                 alice.allocates()
+
+
+def test_a_socket_of_systemd_for_both_families_is_refused(
+    ports: Ports, arguments: list[str]
+) -> None:
+    """Its clients of IPv4 would be of IPv6, and all of one /64."""
+    with socket.create_server(
+        ("::", ports.tcp), family=socket.AF_INET6, dualstack_ipv6=True
+    ) as both:
+        relay = RelayProcess(
+            *arguments,
+            port=ports.udp,
+            descriptors=(both.fileno(),),
+            variables={"LISTEN_FDS": "1", "LISTEN_FDNAMES": "turn"},
+        )
+        with pytest.raises(AssertionError, match="did not start"):
+            relay.__enter__()
+    assert relay.process.returncode == os.EX_CONFIG
+    assert "(BindIPv6Only=ipv6-only is missing)" in relay.errors()
 
 
 def test_nobody_is_accepted_before_the_portal_says_so(ports: Ports, arguments: list[str]) -> None:

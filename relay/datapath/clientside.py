@@ -9,7 +9,7 @@ from relay.datapath.relayport import RelayPorts
 from relay.datapath.routes import Routes
 from relay.datapath.workspace import FRAME_AT, PAYLOAD_AT, Prefixes, Workspace
 from relay.turn.channeldata import HEADER, HEADER_SIZE, parse
-from relay.turn.commands import ClientAddress, Drop, transport_of
+from relay.turn.commands import ClientAddress, Drop
 from relay.turn.indications import SEND, USUAL_START, Peer, parse_send
 
 # STUN over UDP stays below the MTU (RFC 8489 §6.1); longer messages only cost time to read.
@@ -45,7 +45,6 @@ class ClientSide:
         self._payloads = workspace.payloads
         self._sent_payloads = Prefixes(self._view[USUAL_START:])
         self._sizes = workspace.counters.to_peer
-        self._by_transport = workspace.counters.by_transport
         self._to_peer = routes.to_peer
         self._permitted = routes.permitted
         self._reach_permitted = routes.reach_permitted
@@ -65,7 +64,9 @@ class ClientSide:
                     self._sizes[length] += 1
                 return
             if number == SEND:
-                self.relay_send(self._view, size, client, tos)
+                length = self.relay_send(self._view, size, client, tos)
+                if length >= 0:
+                    self._sizes[length] += 1
                 return
         self._on_other(size, client)
 
@@ -112,26 +113,29 @@ class ClientSide:
         self._workspace.count_many(self._sizes, sent, payloads, length)
         return sent
 
-    def relay_send(self, view: memoryview, size: int, client: ClientAddress, tos: int = 0) -> None:
-        """Relay the Send indication in the first *size* bytes. RFC 8656 §11.2."""
+    def relay_send(self, view: memoryview, size: int, client: ClientAddress, tos: int = 0) -> int:
+        """Relay the Send indication in the first *size* bytes. RFC 8656 §11.2.
+
+        Returns how many bytes of payload were relayed, or -1.
+        """
         permitted = self._permitted.get(client)
         if permitted is None:
             self._workspace.drop(self._refuse_send())
-            return
+            return -1
         send = parse_send(view, size)
         if send is None:
             self._workspace.drop(Drop.MALFORMED_STUN)
-            return
+            return -1
         peer, start, length, dont_fragment = send
         way = permitted.reached.get(peer) or self._reach(permitted, peer)
         if way is None:
-            return
+            return -1
         if start == USUAL_START and view is self._view:
             payload = self._sent_payloads[length]
         else:
             payload = view[start : start + length]
-        if way.send_whole(payload, tos) if dont_fragment else way.send(payload, tos):
-            self._by_transport[transport_of(client)].to_peer[length] += 1
+        is_sent = way.send_whole(payload, tos) if dont_fragment else way.send(payload, tos)
+        return length if is_sent else -1
 
     def _send_many(self, size: int, segment: int, client: ClientAddress, tos: int) -> int:
         """Relay Send indications that are alike; return how many of them were, from the first on.

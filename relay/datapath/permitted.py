@@ -8,12 +8,12 @@ from relay.datapath.workspace import PAYLOAD_AT, Workspace
 from relay.stun.address import Address, family_of
 from relay.stun.const import Family
 from relay.turn.commands import Drop, PeerAddress
+from relay.turn.framing import PADDING
 from relay.turn.indications import DataHeader, Icmp, Peer, data_header, icmp_error
 from relay.turn.ratelimit import ErrorBudget
 
 # Peers of one allocation to which the way is remembered. A client may name 65,535 for each host.
 MOST_REACHED: Final = 256
-_PADDING: Final = (b"", bytes(3), bytes(2), bytes(1))  # by size modulo 4
 
 
 class Permitted:
@@ -91,7 +91,7 @@ class Permitted:
         header.pack_into(self._buffer, PAYLOAD_AT - start, peer[1], size, workspace.transaction_ids)
         end = start + size
         if size % 4:
-            padding = _PADDING[size % 4]
+            padding = PADDING[size % 4]
             self._buffer[PAYLOAD_AT + size : PAYLOAD_AT + size + len(padding)] = padding
             end += len(padding)
         if self._client.send(workspace.indicated[start][end], tos):
@@ -111,7 +111,7 @@ class Permitted:
         for payload in payloads:
             length = len(payload)
             head = header.pack(peer[1], length, self._workspace.transaction_ids)
-            pieces += (head, payload, _PADDING[length % 4])
+            pieces += (head, payload, PADDING[length % 4])
         sent = self._client.send_many(pieces, 3, header.size + size + -size % 4, tos)
         self._workspace.count_many(self._sizes, sent, payloads, size)
         return sent

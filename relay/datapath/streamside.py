@@ -19,9 +19,9 @@ from relay.turn.framing import FIRST_CHANNEL, NotFramed, message_size
 from relay.turn.indications import SEND
 
 # Messages of one connection that are served before others have their turn, if they come in runs.
-TURN: Final = 256
+SHARE: Final = 256
 RUN: Final = 64  # messages that are relayed at once, which is as many as the kernel takes
-SINGLE: Final = 8  # what one that comes alone costs of a turn: as much as so many of a run
+SINGLE: Final = 8  # what one that comes alone counts: as much as so many of a run
 # Until a client has an allocation it has nothing longer to say.
 LARGEST_OF_NEWCOMER: Final = LARGEST_STUN
 # What a client that sends too many requests waits for. Over UDP it would ask again.
@@ -89,15 +89,15 @@ class StreamSide:
 
         Raises Broken.
         """
-        at, left = 0, TURN
+        at, left = 0, SHARE
         while left > 0:
             try:
                 length = message_size(view, at, size)
             except NotFramed as error:
                 raise Broken(str(error)) from None
+            if length > LARGEST_OF_NEWCOMER:
+                self._require_good_size(client, length)
             if not length or at + length > size:
-                if length:
-                    self._require_room(client, length)
                 return at, Then.MORE
             number = _unpack_from(view, at)[0]
             left -= SINGLE
@@ -106,7 +106,9 @@ class StreamSide:
                 left -= max(0, count - SINGLE)
                 at = end
             elif number == SEND:
-                self._relay_send(view[at : at + length], length, client)
+                sent = self._relay_send(view[at : at + length], length, client)
+                if sent >= 0:
+                    self._sizes(client)[sent] += 1
                 at += length
             elif self._serve(client, view[at : at + length]):
                 at += length
@@ -114,13 +116,13 @@ class StreamSide:
                 return at, Then.LATER
         return at, Then.AGAIN
 
-    def _require_room(self, client: ClientAddress, length: int) -> None:
-        """Refuse to wait for the end of a message that is too long."""
-        most = LARGEST_DATAGRAM
-        if length > LARGEST_OF_NEWCOMER and not self._clients.has_allocation(client):
-            most = LARGEST_OF_NEWCOMER
-        if length > most:
+    def _require_good_size(self, client: ClientAddress, length: int) -> None:
+        """Refuse a message that is too long, however much of it has come. Raises Broken."""
+        if length > LARGEST_DATAGRAM or not self._clients.has_allocation(client):
             raise Broken(f"a message of {length} bytes")
+
+    def _sizes(self, client: ClientAddress) -> dict[int, int]:
+        return self._workspace.counters.by_transport[transport_of(client)].to_peer
 
     def _serve(self, client: ClientAddress, message: memoryview) -> bool:
         """Serve a STUN message; return False if that has to wait."""
@@ -151,7 +153,7 @@ class StreamSide:
             is_channel = number <= self._last_channel
             self._workspace.drop(Drop.UNBOUND_CHANNEL if is_channel else Drop.UNKNOWN_PROTOCOL)
             return 1, at + whole
-        sizes = self._workspace.counters.by_transport[transport_of(client)].to_peer
+        sizes = self._sizes(client)
         start = at + HEADER_SIZE
         payloads: Pieces = [view[start : start + length]]
         end, most = at + whole, min(size - whole, at + (RUN - 1) * whole)

@@ -129,7 +129,8 @@ def _adopt(descriptor: int) -> socket.socket:
     sock.setblocking(False)
     # systemd sets it on whatever it binds. On UDP it would let every user of this host bind
     # the same port, and get the datagrams.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    if sock.type == socket.SOCK_DGRAM:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     return sock
 
 

@@ -66,6 +66,14 @@ def pack(host: str) -> bytes:
     return socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
 
 
+def require_one_family(sock: socket.socket) -> None:
+    """Raise ValueError if a socket for IPv6 takes IPv4 too, in addresses of IPv6."""
+    if sock.family == socket.AF_INET6 and not sock.getsockopt(
+        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
+    ):
+        raise ValueError("an IPv6 socket that takes IPv4 too (BindIPv6Only=ipv6-only is missing)")
+
+
 def can_bind(host: str) -> bool:
     """Tell if a socket could be bound to *host*; what cannot be found out counts as yes."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

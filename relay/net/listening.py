@@ -10,7 +10,12 @@ from collections.abc import Container, Iterable
 from contextlib import suppress
 from typing import Final
 
-from relay.net.addresses import WILDCARDS, local_addresses, outward_address
+from relay.net.addresses import (
+    WILDCARDS,
+    local_addresses,
+    outward_address,
+    require_one_family,
+)
 from relay.net.buffers import log_buffers, overflows_of, set_buffers
 from relay.net.offload import ControlMessage, SegmentSender
 from relay.net.tos import report_tos
@@ -67,10 +72,7 @@ def adopt(sock: socket.socket, shared: Shared, receiver: Receiver) -> "Listening
 
     One for IPv6 must be for nothing else (IPV6_V6ONLY): ValueError says that it is not.
     """
-    if sock.family == socket.AF_INET6 and not sock.getsockopt(
-        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
-    ):
-        raise ValueError("an IPv6 socket that takes IPv4 too (BindIPv6Only=ipv6-only is missing)")
+    require_one_family(sock)
     sock.setblocking(False)
     for timestamp in _TIMESTAMPS:  # they would take the room of what has to be read
         sock.setsockopt(socket.SOL_SOCKET, timestamp, 0)

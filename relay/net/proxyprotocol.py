@@ -13,6 +13,7 @@ Version 2 is binary::
     16             source, destination, source port, destination port, and then more about it
 """
 
+import re
 import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -23,6 +24,10 @@ LONGEST_LINE: Final = 107  # bytes of version 1, as its text has it
 LONGEST: Final = 2048  # bytes of version 2: certificates' names and the like may follow
 
 _FIXED: Final = struct.Struct("!12sBBH")
+_KINDS: Final[dict[str, type[IPv4Address] | type[IPv6Address]]] = {
+    "TCP4": IPv4Address,
+    "TCP6": IPv6Address,
+}
 _ADDRESSES: Final = {1: struct.Struct("!4s4sHH"), 2: struct.Struct("!16s16sHH")}
 _LOCAL, _PROXY = 0x20, 0x21  # version and command
 _STREAM: Final = 1
@@ -63,14 +68,14 @@ def _read_line(received: bytes) -> Header | None:
     words = line.decode("ascii", "replace").split(" ")
     if words[1] == "UNKNOWN":
         return Header(size, None)
-    if len(words) != 6 or words[1] not in {"TCP4", "TCP6"}:
+    if len(words) != 6 or words[1] not in _KINDS:
         raise NoHeader("a PROXY header of another form")
     try:
-        host = ip_address(words[2])
+        host = _KINDS[words[1]](words[2])
     except ValueError:
         raise NoHeader("a PROXY header without an address") from None
     port = words[4]
-    if not port.isascii() or not port.isdecimal() or int(port[:6]) > 0xFFFF:
+    if "%" in words[2] or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 0xFFFF:
         raise NoHeader("a PROXY header without a port")
     return Header(size, (_spelled(host), int(port)))
 

@@ -13,7 +13,9 @@ most connections               using up descriptors and memory; the oldest newco
 most of one address            using up those
 :data:`PATIENCE`               connections that never ask for anything, or too slowly
 one handshake per iteration    the computing of many handshakes ahead of everybody's datagrams
+records at a time              records of TLS that cost much and say nothing
 :data:`READ_SIZE`              one client that sends much, ahead of the others
+:data:`NEWCOMER_READ_SIZE`     holding much for those who have proven nothing
 :data:`QUEUED`, in all too     clients that do not read, while their peers send
 =============================  ================================================================
 """
@@ -29,12 +31,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from ipaddress import ip_address, ip_network
+from itertools import islice
 from typing import Any, Final, Protocol
 
-from relay.net.addresses import pack
+from relay.net.addresses import pack, require_one_family
 from relay.net.proxyprotocol import NoHeader, read_header
 from relay.net.reactor import Reactor
-from relay.net.tls import Identity, TlsSession
+from relay.net.tls import LARGEST_REPLY, Identity, TlsSession
 from relay.net.udp import SocketAddress
 
 logger = logging.getLogger("relay.net")
@@ -42,30 +45,40 @@ logger = logging.getLogger("relay.net")
 BACKLOG: Final = 1024  # connections that wait to be accepted
 ACCEPTS_AT_ONCE: Final = 16
 READ_SIZE: Final = 64 << 10  # bytes at a time, of a connection
-LONGEST_HELD: Final = 64 << 10  # bytes of a message whose end has not come yet
-RESUMED_AT_ONCE: Final = 4  # connections per iteration, of those that were told to wait their turn
+TLS_READ_SIZE: Final = 32 << 10  # bytes; OpenSSL's buffers keep the size that they once had
+NEWCOMER_READ_SIZE: Final = 4 << 10  # bytes, until it has been in use
+_LONGEST_HELD: Final = 64 << 10  # bytes of a message whose end has not come yet
+RESUMED_AT_ONCE: Final = 4  # connections per iteration, of those that wait for their turn
+RETRIED_AT_ONCE: Final = 50  # of those that could not be served, each time that it is tried
+HELLOS_AT_ONCE: Final = 64  # of which nothing has come of yet, per iteration
 PATIENCE: Final = 10.0  # seconds that a connection may be good for nothing
 ENDED_AT_ONCE: Final = 200  # connections whose time is over, per iteration
-LATER: Final = 0.05  # seconds until what cannot be served now is tried again
+# Seconds until what cannot be served now is tried again. As often as over UDP (RFC 8489 §6.2.1),
+# and no more often than a quiet client asks (QUIET_RATE in relay.turn.ratelimit).
+LATER: Final = 0.5
 ACCEPTING_AGAIN: Final = 1.0  # seconds, when there are no descriptors or no memory
 
 QUEUED: Final = 128 << 10  # bytes of datagrams that may wait for one client
+DROPPED_AT_ONCE: Final = 8  # clients, each time that there is no room for all
 QUEUED_IN_ALL: Final = 64 << 20  # bytes for all of them
+OVERHEAD: Final = 64  # bytes of memory that each message takes beside its own
 SENT_AT_ONCE: Final = 64 << 10  # bytes, or a message more
+SEALED_AT_ONCE: Final = 16 << 10  # likewise, of TLS
 ANSWERS: Final = 16 << 10  # bytes of answers, from which on no more is asked
 UNSENT_BY_KERNEL: Final = 128 << 10  # bytes that it takes before they fit into the network
 _MOST_OUTSIDE: Final = 4 * SENT_AT_ONCE  # bytes of handshakes and alerts: nobody needs so many
 
-# A client that is gone without a word: found after two minutes of silence, or one of data that
+_TCP_NOTSENT_LOWAT: Final = 25  # <linux/tcp.h>; the socket module of Python 3.11 lacks it
+# A client that is gone without a word: found after some 75 seconds of silence, or 60 of data that
 # nobody acknowledges.
-_KEEPALIVE: Final = (
+_OPTIONS: Final = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # seconds
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),  # milliseconds
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BY_KERNEL),
 )
-_TCP_NOTSENT_LOWAT: Final = 25  # <linux/tcp.h>; the socket module of Python 3.11 lacks it
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # struct linger
 _SHORTAGES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _IPV6_SITE_BYTES: Final = 8  # a /64: whoever has one address of it has them all
@@ -82,7 +95,7 @@ class End(Enum):
     MALFORMED = "malformed"  # what it sent is neither STUN nor ChannelData, or too long
     TLS = "tls"  # it did not get through the handshake, or broke the protocol after it
     PROXY = "proxy"  # no good header of the PROXY protocol
-    IDLE = "idle"  # it had no allocation for PATIENCE
+    IDLE = "idle"  # it had no allocation for PATIENCE, or up to twice that
     CROWDED_OUT = "crowded_out"  # it had none, and there were too many
     FULL = "full"  # there were too many, all in use
     ADDRESS_FULL = "address_full"  # there were too many of its address
@@ -150,6 +163,15 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     return sock
 
 
+def adopt_tcp(sock: socket.socket) -> socket.socket:
+    """Take a listening socket that somebody else has made.
+
+    One for IPv6 must be for nothing else (IPV6_V6ONLY): ValueError says that it is not.
+    """
+    require_one_family(sock)
+    return sock
+
+
 class Streams:
     """All connections, and the sockets that they come through."""
 
@@ -172,9 +194,9 @@ class Streams:
         self.lost = lost
         self.receiver: StreamReceiver
         self.change_limits(limits)
-        self.view = memoryview(bytearray(LONGEST_HELD + 2 * READ_SIZE))  # of what is served
+        self.view = memoryview(bytearray(_LONGEST_HELD + 2 * READ_SIZE))  # of what is served
         self.raw = memoryview(bytearray(READ_SIZE))  # of what TLS or a PROXY header is in
-        self.queued = 0  # bytes, for all clients
+        self.queued = 0  # bytes of memory, for all clients
         self.accepted: Counter[str] = Counter()  # connections, by transport
         self.open: Counter[str] = Counter()  # those there are now
         self.ended: Counter[End] = Counter()
@@ -185,20 +207,18 @@ class Streams:
         # Each until when it may be good for nothing, the first one first.
         self._newcomers: dict[Stream, float] = {}
         self._in_use: dict[Stream, float] = {}  # likewise: when to look again
-        self._is_shaking = False
+        self._has_shaken = False  # in this iteration
         self._to_shake: deque[Stream] = deque()
         self._again: deque[Stream] = deque()
-        self._later: list[Stream] = []
-        self._to_push: list[Stream] = []
+        self._later: deque[Stream] = deque()
+        self._slow: dict[Stream, None] = {}  # those that the kernel takes nothing for, in order
 
     def add(self, sock: socket.socket, transport: str) -> None:
         """Own a listening socket; clients that come through it speak *transport*."""
         sock.setblocking(False)
-        # The kernel gives all of these to the connections, too.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BY_KERNEL)
-        for level, option, value in _KEEPALIVE:
-            sock.setsockopt(level, option, value)
+        for level, option, value in _OPTIONS:  # the kernel gives them to the connections, too
+            with suppress(OSError):  # another kind of TCP may lack one, and does without
+                sock.setsockopt(level, option, value)
         self._listeners.append((sock, transport))
 
     @property
@@ -229,12 +249,15 @@ class Streams:
     @property
     def most_descriptors(self) -> int:
         """How many there may be."""
-        return self._limits.connections + len(self._listeners) + ACCEPTS_AT_ONCE
+        return self._limits.connections + len(self._listeners) * (1 + ACCEPTS_AT_ONCE)
 
     def close(self) -> None:
         """End all connections, and listen no more."""
         for stream in list(self._streams):
-            stream.close(End.STOPPED)
+            try:
+                stream.close(End.STOPPED)
+            except Exception:
+                logger.exception("a connection cannot be ended; this is a bug")
         for sock, _ in self._listeners:
             if self._has_started:
                 self.reactor.retire(sock)
@@ -248,31 +271,37 @@ class Streams:
 
     # --- Newcomers ---------------------------------------------------------------------------
 
-    def accept_some(self, number: int) -> bool:
-        """Accept a few connections; return whether there may be more."""
+    def accept_some(self, number: int) -> None:
+        """Accept a few connections."""
         sock, transport = self._listeners[number]
         for _ in range(ACCEPTS_AT_ONCE):
             try:
                 connection, address = sock.accept()
             except BlockingIOError:
-                return False
+                return
             except OSError as error:
                 if error.errno in _SHORTAGES:
                     self._rest(error)
-                    return False
+                    return
                 continue  # that one is gone already
             connection.setblocking(False)
             self._welcome(connection, address, transport)
-        return True
 
     def _welcome(self, sock: socket.socket, address: SocketAddress, transport: str) -> None:
-        self.accepted[transport] += 1
         is_proxy = bool(self._proxies) and self._is_proxy(address[0])
         context = self._context if transport == "tls" else None
         stream = Stream(self, sock, address, transport, context, is_proxied=is_proxy)
+        try:
+            self.reactor.register(sock, stream.on_event)
+        except OSError as error:  # epoll has a limit of its own: fs.epoll.max_user_watches
+            sock.close()
+            self._rest(error)
+            return
+        self.accepted[transport] += 1
         self._streams.add(stream)
         self.open[transport] += 1
-        self.reactor.register(sock, stream.on_event)
+        if not is_proxy and not stream.come_from(address):
+            return
         if len(self._streams) > self._limits.connections:
             oldest = self._oldest_newcomer()
             if oldest is None:
@@ -280,8 +309,6 @@ class Streams:
                 return
             oldest.close(End.CROWDED_OUT)
         self._wait_for(self._newcomers, stream)
-        if not is_proxy:
-            stream.come_from(address)
 
     def admit(self, stream: "Stream") -> End | None:
         """Count a connection for where it is from; return why there may not be so many."""
@@ -301,6 +328,7 @@ class Streams:
         self._streams.remove(stream)
         self._newcomers.pop(stream, None)
         self._in_use.pop(stream, None)
+        self._slow.pop(stream, None)
         if stream.site is not None:
             self._at_site[stream.site] -= 1
             if not self._at_site[stream.site]:
@@ -334,19 +362,23 @@ class Streams:
     def _look(self) -> None:
         """End the connections that have not been good for anything, some at a time."""
         now, left = self.reactor.clock(), ENDED_AT_ONCE
-        for waiting in (self._newcomers, self._in_use):
-            while waiting and left:
-                stream, deadline = next(iter(waiting.items()))
-                if deadline > now:
-                    break
-                left -= 1
-                del waiting[stream]
-                if stream.is_in_use:
-                    self._wait_for(self._in_use, stream)
-                else:
-                    stream.close(End.IDLE)
-        if self._newcomers or self._in_use:
-            self.reactor.call_at(self._next_look(), self._look)
+        try:
+            for waiting in (self._newcomers, self._in_use):
+                while waiting and left:
+                    stream, deadline = next(iter(waiting.items()))
+                    if deadline > now:
+                        break
+                    left -= 1
+                    del waiting[stream]
+                    if stream.is_in_use:
+                        self._wait_for(self._in_use, stream)
+                    elif waiting is self._in_use:  # a moment ago, perhaps: it may allocate again
+                        self._wait_for(self._newcomers, stream)
+                    else:
+                        stream.close(End.IDLE)
+        finally:
+            if self._newcomers or self._in_use:
+                self.reactor.call_at(self._next_look(), self._look)
 
     def _rest(self, error: OSError) -> None:
         """Accept nothing for a moment: what cannot be accepted would keep the loop awake."""
@@ -363,20 +395,32 @@ class Streams:
 
     def may_shake_hands(self, stream: "Stream") -> bool:
         """Tell if a connection may go on with its handshake now; else its turn will come."""
-        if self._is_shaking:
+        if self._has_shaken:
             self._to_shake.append(stream)
+            if len(self._to_shake) == 1:
+                self.reactor.call_at_end(self._shake_next_soon)
             return False
-        self._is_shaking = True
-        self.reactor.call_at_end(self._end_of_iteration)
         return True
 
-    def _end_of_iteration(self) -> None:
-        self._is_shaking = False
+    def has_shaken_hands(self) -> None:
+        """Note that a handshake has been computed: that is enough for this iteration."""
+        if not self._has_shaken:
+            self._has_shaken = True
+            self.reactor.call_at_end(self._end_of_shaking)
+
+    def _end_of_shaking(self) -> None:
+        self._has_shaken = False
+
+    def _shake_next_soon(self) -> None:
         if self._to_shake:
             self.reactor.call_later(0.0, self._shake_next)
 
     def _shake_next(self) -> None:
-        while self._to_shake and not self._is_shaking:
+        """Let those go on who wait to: one with whom something comes of it."""
+        self.reactor.call_at_end(self._shake_next_soon)
+        for _ in range(min(len(self._to_shake), HELLOS_AT_ONCE)):
+            if self._has_shaken:
+                break
             self._to_shake.popleft().resume()
 
     def serve_again(self, stream: "Stream") -> None:
@@ -386,7 +430,7 @@ class Streams:
 
     def _serve_again(self) -> None:
         for _ in range(min(len(self._again), RESUMED_AT_ONCE)):
-            self._again.popleft().resume()
+            self.reactor.call_at_end(self._again.popleft().resume)
         if self._again:
             self.reactor.call_later(0.0, self._serve_again)
 
@@ -397,20 +441,28 @@ class Streams:
         self._later.append(stream)
 
     def _serve_later(self) -> None:
-        self._again.extend(self._later)
-        self._later.clear()
-        self._serve_again()
+        for _ in range(min(len(self._later), RETRIED_AT_ONCE)):
+            self.reactor.call_at_end(self._later.popleft().resume)
+        if self._later:
+            self.reactor.call_later(LATER / 10, self._serve_later)
 
-    def push_at_end(self, stream: "Stream") -> None:
-        """Send what waits for a client at the end of this iteration."""
-        if not self._to_push:
-            self.reactor.call_at_end(self._push_all)
-        self._to_push.append(stream)
+    # --- What waits for clients --------------------------------------------------------------
 
-    def _push_all(self) -> None:
-        streams, self._to_push = self._to_push, []
-        for stream in streams:
-            stream.push_now()
+    def be_slow(self, stream: "Stream", *, is_slow: bool) -> None:
+        """Note whether the kernel takes nothing more for a client."""
+        if is_slow:
+            self._slow[stream] = None
+        else:
+            self._slow.pop(stream, None)
+
+    def drop_some(self) -> None:
+        """Drop what waits for those who have read nothing for the longest time."""
+        for stream in list(islice(self._slow, DROPPED_AT_ONCE)):
+            if self.queued <= QUEUED_IN_ALL:
+                break
+            stream.drop_all()
+            # What it has begun to be sent stays; it need not be looked at again before the others.
+            self._slow[stream] = self._slow.pop(stream)
 
 
 class _Acceptor:
@@ -420,9 +472,9 @@ class _Acceptor:
         self._streams = streams
         self._number = number
 
-    def on_acceptable(self) -> bool:
+    def on_acceptable(self) -> None:
         """Accept a few connections."""
-        return self._streams.accept_some(self._number)
+        self._streams.accept_some(self._number)
 
 
 class _Stage(Enum):
@@ -438,9 +490,13 @@ class Stream:
     __slots__ = (
         "_answers",
         "_answers_size",
+        "_context",
         "_failure",
+        "_has_been_in_use",
+        "_has_messages",
         "_held",
         "_is_blocked",
+        "_is_over",
         "_is_reading",
         "_queue",
         "_queue_size",
@@ -448,6 +504,7 @@ class Stream:
         "_stage",
         "_streams",
         "_tls",
+        "_undecrypted",
         "_unsent",
         "_will_push",
         "address",
@@ -473,9 +530,14 @@ class Stream:
         self.site: bytes | None = None
         self._streams = streams
         self._sock = sock
-        self._tls = None if context is None else TlsSession(context)
+        self._context = context
+        self._tls: TlsSession | None = None  # until there is something for it
         self._stage = _Stage.PROXY if is_proxied else self._first_stage
-        self._held = b""  # the start of a message
+        self._undecrypted = b""  # records that have to wait
+        self._held = b""  # messages that have to wait, or the start of one
+        self._has_messages = False  # there may be complete ones in what is held
+        self._has_been_in_use = False
+        self._is_over = False  # the client has said that it will say nothing more
         self._is_reading = True
         self._is_blocked = False  # the kernel takes nothing more at the moment
         self._will_push = False
@@ -489,7 +551,7 @@ class Stream:
 
     @property
     def _first_stage(self) -> _Stage:
-        return _Stage.OPEN if self._tls is None else _Stage.HANDSHAKE
+        return _Stage.OPEN if self._context is None else _Stage.HANDSHAKE
 
     @property
     def is_in_use(self) -> bool:
@@ -528,23 +590,29 @@ class Stream:
         if self._stage is _Stage.ENDED:
             return
         if self._stage is _Stage.HANDSHAKE:
-            self._watch(reading=True)
-            self._decrypt()
-        else:
+            self._decrypt(self._undecrypted)
+        elif self._has_messages:
+            self._has_messages = False
             self._streams.view[: len(self._held)] = self._held
             self._serve(len(self._held))
+        elif self._undecrypted:
+            self._decrypt(self._undecrypted)
+        else:
+            self._go_on()
 
     def _read(self) -> None:
-        streams, is_plain = self._streams, self._tls is None and self._stage is _Stage.OPEN
+        streams, is_plain = self._streams, self._context is None and self._stage is _Stage.OPEN
         held = 0
-        into = streams.raw
+        into, most = streams.raw, TLS_READ_SIZE
         if is_plain:
-            held = len(self._held)
-            into = streams.view[held : held + READ_SIZE]
+            held, most = len(self._held), READ_SIZE
+            into = streams.view[held:]
             if held:
                 streams.view[:held] = self._held
+        if not self._has_been_in_use:
+            most = NEWCOMER_READ_SIZE
         try:
-            size = self._sock.recv_into(into)
+            size = self._sock.recv_into(into, most)
         except BlockingIOError:
             return
         except OSError:
@@ -575,22 +643,29 @@ class Stream:
             if not self.come_from(header.source or self.address):
                 return
             received = memoryview(begin)[header.size :]
-            if self._tls is None:
+            if self._context is None:
                 self._streams.view[: len(received)] = received
                 self._serve(len(received))
                 return
-        assert self._tls is not None
-        self._tls.feed(received)
-        self._decrypt()
+        self._decrypt(received)
 
-    def _decrypt(self) -> None:
-        """Go on with the handshake, or read what TLS has."""
-        tls, view = self._tls, self._streams.view
-        assert tls is not None
-        is_over = False
+    def _decrypt(self, received: memoryview | bytes) -> None:
+        """Go on with the handshake, or read some records of TLS; the rest has to wait."""
+        view, is_over = self._streams.view, False
+        tls = self._tls
+        if tls is None:
+            assert self._context is not None
+            tls = self._tls = TlsSession(self._context)
         size = held = len(self._held)
         try:
+            if self._stage is _Stage.HANDSHAKE and not self._streams.may_shake_hands(self):
+                self._undecrypted = bytes(received)
+                self._watch(reading=False)
+                return
+            fed = tls.feed(memoryview(received))
+            self._undecrypted = bytes(received[fed:])
             if self._stage is _Stage.HANDSHAKE and not self._shake_hands(tls):
+                self._go_on()
                 return
             view[:held] = self._held
             while (read := tls.read_into(view[size:])) is not None:
@@ -598,27 +673,49 @@ class Stream:
                 if not read:
                     is_over = True
                     break
-            self._send_outside(tls.output())
+            said = tls.output()
+            if len(said) > LARGEST_REPLY:  # KeyUpdates, over and over
+                self.close(End.TLS)
+                return
+            self._send_outside(said)
         except ssl.SSLError as error:
             logger.debug("connection from %s: %s", self.address[:2], error.reason)
+            self._streams.has_shaken_hands()
             self._send_outside(tls.output())
             self.close(End.TLS)
             return
+        if is_over:
+            self._is_over, self._undecrypted = True, b""
         if size > held:
             self._serve(size)
-        if is_over:
-            self.close(End.CLIENT)
+        else:
+            self._go_on()
 
     def _shake_hands(self, tls: TlsSession) -> bool:
         """Go on with the handshake when it is our turn; return whether it is done."""
-        if not self._streams.may_shake_hands(self):
-            self._watch(reading=False)
-            return False
         is_done = tls.shake_hands()
-        self._send_outside(tls.output())
+        said = tls.output()
+        if said or is_done:  # else only a part of something has come, which costs nothing
+            self._streams.has_shaken_hands()
+        self._send_outside(said)
         if is_done:
             self._stage = _Stage.OPEN
         return is_done
+
+    def _go_on(self) -> None:
+        """Go on when all that could be served is: decrypt more, read more, or end."""
+        if self._stage is _Stage.ENDED:
+            return
+        if self._undecrypted:
+            self._wait(self._streams.serve_again)
+        elif self._is_over:
+            self.close(End.CLIENT)
+        else:
+            self._watch(reading=True)
+
+    def _wait(self, for_what: Callable[["Stream"], None]) -> None:
+        self._watch(reading=False)
+        for_what(self)
 
     def _serve(self, size: int) -> None:
         """Have the messages served that are in the first *size* bytes of the view."""
@@ -633,14 +730,15 @@ class Stream:
             self.close(End.BUG)
             raise
         self._held = bytes(streams.view[served:size])
-        if then is Then.MORE:
-            self._watch(reading=True)
-            return
-        self._watch(reading=False)
+        if not self._has_been_in_use:
+            self._has_been_in_use = self.is_in_use
+        self._has_messages = then is not Then.MORE
         if then is Then.AGAIN:
-            streams.serve_again(self)
+            self._wait(streams.serve_again)
+        elif then is Then.LATER:
+            self._wait(streams.serve_later)
         else:
-            streams.serve_later(self)
+            self._go_on()
 
     # --- What it is sent ---------------------------------------------------------------------
 
@@ -667,30 +765,36 @@ class Stream:
         self._push_soon()
 
     def _queue_message(self, message: bytes) -> None:
+        streams, size = self._streams, len(message) + OVERHEAD
         self._queue.append(message)
-        self._queue_size += len(message)
-        self._streams.queued += len(message)
+        self._queue_size += size
+        streams.queued += size
         self._push_soon()
-        if self._queue_size > SENT_AT_ONCE or self._streams.queued > QUEUED_IN_ALL:
-            if not self._is_blocked:
-                self._push()
+        if self._queue_size > SENT_AT_ONCE and not self._is_blocked:
+            self._push()
+        # Of datagrams in real time the oldest is worth least.
+        while self._queue_size > QUEUED:
             self._drop_oldest()
+        if streams.queued > QUEUED_IN_ALL:
+            streams.drop_some()
 
     def _drop_oldest(self) -> None:
-        """Drop what is more than may wait: of datagrams in real time the oldest is worth least."""
-        most = QUEUED if self._streams.queued <= QUEUED_IN_ALL else 0
-        while self._queue_size > most:
-            size = len(self._queue.popleft())
-            self._queue_size -= size
-            self._streams.queued -= size
-            self._streams.lost(STREAM_FULL)
+        size = len(self._queue.popleft()) + OVERHEAD
+        self._queue_size -= size
+        self._streams.queued -= size
+        self._streams.lost(STREAM_FULL)
+
+    def drop_all(self) -> None:
+        """Drop the datagrams that wait for this client; there is no room for all of them."""
+        while self._queue:
+            self._drop_oldest()
 
     def _push_soon(self) -> None:
         if not self._will_push and not self._is_blocked:
             self._will_push = True
-            self._streams.push_at_end(self)
+            self._streams.reactor.call_at_end(self._push_now)
 
-    def push_now(self) -> None:
+    def _push_now(self) -> None:
         """Send what waits, at the end of an iteration."""
         self._will_push = False
         if self._stage is _Stage.ENDED:
@@ -705,10 +809,7 @@ class Stream:
         while self._unsent or self._answers or self._queue:
             try:
                 if not self._unsent:
-                    messages = self._next_portion()
-                    tls = self._tls
-                    portion = b"".join(messages) if tls is None else tls.seal(messages)
-                    self._unsent = memoryview(portion)
+                    self._seal_next()
                 sent = self._sock.send(self._unsent)
             except BlockingIOError:
                 sent = 0
@@ -716,35 +817,37 @@ class Stream:
                 self._failure = End.RESET
                 return
             self._unsent = self._unsent[sent:]
+            self._streams.queued -= sent
             if self._unsent:
                 self._block(is_blocked=True)
                 return
         self._block(is_blocked=False)
 
-    def _next_portion(self) -> list[bytes]:
-        """Take the messages that are to leave next."""
-        streams, queue = self._streams, self._queue
-        parts = list(self._answers)
+    def _seal_next(self) -> None:
+        """Take messages that are to leave next, as they are or encrypted. Raises ssl.SSLError."""
+        messages = list(self._answers)
         self._answers.clear()
         self._answers_size = 0
-        if self._queue_size <= SENT_AT_ONCE:
-            parts += queue
+        queue, tls = self._queue, self._tls
+        most = SENT_AT_ONCE if tls is None else SEALED_AT_ONCE
+        if self._queue_size <= most:
+            messages += queue
             queue.clear()
-            streams.queued -= self._queue_size
-            self._queue_size = 0
+            taken = self._queue_size
         else:
-            size = 0
-            while size < SENT_AT_ONCE:
-                parts.append(queue.popleft())
-                size += len(parts[-1])
-            streams.queued -= size
-            self._queue_size -= size
-        return parts
+            taken = 0
+            while taken < most and queue:
+                messages.append(queue.popleft())
+                taken += len(messages[-1]) + OVERHEAD
+        self._queue_size -= taken
+        self._unsent = memoryview(b"".join(messages) if tls is None else tls.seal(messages))
+        self._streams.queued += len(self._unsent) - taken
 
     def _send_outside(self, records: bytes) -> None:
         """Send what TLS itself has to say, before anything that is sealed after it."""
         if records:
             self._unsent = bytes(self._unsent) + records
+            self._streams.queued += len(records)
             if len(self._unsent) > _MOST_OUTSIDE:
                 self._failure = End.TLS
             self._push_soon()
@@ -752,6 +855,7 @@ class Stream:
     def _block(self, *, is_blocked: bool) -> None:
         if is_blocked is not self._is_blocked:
             self._is_blocked = is_blocked
+            self._streams.be_slow(self, is_slow=is_blocked)
             self._streams.reactor.watch(
                 self._sock, readable=self._is_reading, writable=self._is_blocked
             )
@@ -762,28 +866,26 @@ class Stream:
             self._streams.reactor.watch(self._sock, readable=reading, writable=self._is_blocked)
 
     def close(self, why: End) -> None:
-        """End the connection, whatever waits for the client."""
+        """End the connection; what waits for the client is sent as far as that can be at once."""
         if self._stage is _Stage.ENDED:
             return
         is_open, self._stage = self._stage is _Stage.OPEN, _Stage.ENDED
         with suppress(OSError):  # the client may be gone
             if why in _REFUSED:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            else:
+            elif not self._is_blocked:
                 self._say_goodbye(is_open=is_open)
-        self._streams.queued -= self._queue_size
+        self._streams.queued -= self._queue_size + len(self._unsent)
         self._streams.reactor.retire(self._sock)
         self._streams.forget(self, why)
         if self.client is not None:
             self._streams.receiver.on_disconnected(self.client)
 
     def _say_goodbye(self, *, is_open: bool) -> None:
-        """Send what there is to say about the end, if it can be sent at once."""
-        records = bytes(self._unsent)
-        if is_open and self._tls is not None and not records:
-            records = self._tls.end()
-        if records and not self._is_blocked:
-            self._sock.send(records)
+        """Send what there is to say about the end. Raises OSError."""
+        self._push()
+        if is_open and self._tls is not None and not self._is_blocked and self._failure is None:
+            self._sock.send(self._tls.end())
 
 
 _PADDING: Final = (b"", bytes(3), bytes(2), bytes(1))

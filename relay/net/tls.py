@@ -21,6 +21,13 @@ ALPN: Final = ("stun.turn", "stun.nat-discovery")
 CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 LARGEST_RECORD: Final = 16 << 10  # bytes of plain text. RFC 8446 §5.1
+# Records that OpenSSL is given at once: it may spend 20 µs on one that has nothing for us (a
+# KeyUpdate), and does not come back before it has looked at all.
+RECORDS_AT_ONCE: Final = 32
+# Bytes that a client may make us say, by one lot of records, beside what we seal. The answer to a
+# KeyUpdate has 27, and nobody asks for many at a time.
+LARGEST_REPLY: Final = 200
+_RECORD_HEADER: Final = 5  # bytes: type, version, length. RFC 8446 §5.1
 
 # What OpenSSL says of a key that is not the certificate's: of one of another kind, the latter.
 _ANOTHER_KEY: Final = frozenset({"KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"})
@@ -55,13 +62,15 @@ class Identity:
         context.set_ciphers(CIPHERS)
         context.set_alpn_protocols(list(ALPN))
         # ssl reads nothing but files, and a file of secrets is to be nowhere but in memory.
-        with _memory_file(self.chain.pem) as chain, _memory_file(self.key) as key:
-            try:
+        try:
+            with _memory_file(self.chain.pem) as chain, _memory_file(self.key) as key:
                 context.load_cert_chain(_path(chain.fileno()), _path(key.fileno()))
-            except ssl.SSLError as error:
-                if error.reason in _ANOTHER_KEY:
-                    raise ValueError("the key is not that of the certificate") from None
-                raise ValueError(f"OpenSSL does not take it: {error.reason}") from None
+        except ssl.SSLError as error:
+            if error.reason in _ANOTHER_KEY:
+                raise ValueError("the key is not that of the certificate") from None
+            raise ValueError(f"OpenSSL does not take it: {error.reason}") from None
+        except OSError as error:  # there are no descriptors, for instance
+            raise ValueError(f"cannot be loaded: {error.strerror}") from None
         return context
 
 
@@ -69,6 +78,7 @@ def read_chain(pem: str) -> Chain:
     """Read certificates, the server's own first. Raises ValueError with the reason."""
     # Only here: tens of milliseconds for those who have no TLS.
     from cryptography import x509  # noqa: PLC0415
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415
 
     try:
@@ -80,21 +90,29 @@ def read_chain(pem: str) -> Chain:
         found = first.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         names += found.get_values_for_type(x509.DNSName)
         names += map(str, found.get_values_for_type(x509.IPAddress))
-    except (x509.ExtensionNotFound, ValueError):  # then no browser takes it, but others may
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        pass  # then no browser takes it, but others may
+    except ValueError:
         pass
-    key = first.public_key()
+    try:
+        key = first.public_key()
+    except (UnsupportedAlgorithm, ValueError):
+        raise ValueError("holds a certificate with a key of an unknown kind") from None
     bits = key.key_size if isinstance(key, rsa.RSAPublicKey) else 0
     return Chain(pem, tuple(names), first.not_valid_after_utc.timestamp(), bits)
 
 
 def read_key(pem: str) -> str:
     """Look at a private key, and return it. Raises ValueError with the reason."""
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
     from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
 
     try:
         serialization.load_pem_private_key(pem.encode(), None)
     except TypeError:
         raise ValueError("is encrypted, and nobody is there to type a passphrase") from None
+    except UnsupportedAlgorithm:
+        raise ValueError("holds a key of an unknown kind") from None
     except ValueError:
         raise ValueError(_NOT_IN_PEM.format("private key")) from None
     return pem
@@ -131,22 +149,42 @@ def _path(descriptor: int) -> str:
 class TlsSession:
     """The server's side of one connection.
 
-    What arrives goes to :meth:`feed`; then comes :meth:`shake_hands` until it says that this is
-    done, and :meth:`read_into` as long as there is something. What is to leave is in
-    :meth:`output` after each of these. All raise ``ssl.SSLError`` if the client breaks the
+    What arrives goes to :meth:`feed`, some of it at a time; then comes :meth:`shake_hands` until it
+    says that this is done, and :meth:`read_into` as long as there is something. What is to leave is
+    in :meth:`output` after each of these. All raise ``ssl.SSLError`` if the client breaks the
     protocol; an alert that tells it so is then in the output.
     """
 
-    __slots__ = ("_incoming", "_outgoing", "_session")
+    __slots__ = ("_header", "_incoming", "_outgoing", "_rest", "_session")
 
     def __init__(self, context: ssl.SSLContext) -> None:
         """Wait for a client's hello."""
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._session = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._header = b""  # the start of a record's
+        self._rest = 0  # bytes that are still to come of a record
 
-    def feed(self, received: memoryview) -> None:
-        """Take what has arrived."""
-        self._incoming.write(received)
+    def feed(self, received: memoryview) -> int:
+        """Take some of what has arrived; return how many bytes. What they hold is to be read first.
+
+        That is up to the end of RECORDS_AT_ONCE records.
+        """
+        at, end, records = 0, len(received), 0
+        while at < end and records < RECORDS_AT_ONCE:
+            if not self._rest:
+                more = received[at : at + _RECORD_HEADER - len(self._header)]
+                self._header += bytes(more)
+                at += len(more)
+                if len(self._header) < _RECORD_HEADER:
+                    break
+                self._rest = int.from_bytes(self._header[3:], "big")
+                self._header = b""
+            step = min(self._rest, end - at)
+            at += step
+            self._rest -= step
+            records += not self._rest
+        self._incoming.write(received[:at])
+        return at
 
     def shake_hands(self) -> bool:
         """Go on with the handshake; return whether it is done. May take a millisecond or two."""

@@ -15,7 +15,7 @@ import pytest
 
 from tests.certificates import Authority
 from tests.interop.browser import ice_server
-from tests.interop.loopback import running_relay, within
+from tests.interop.loopback import Endpoint, running_relay, udp_peer, within
 from tests.interop.needs import missing, needs_programs
 from tests.interop.program import Program, connect
 from tests.interop.test_coturn_clients import all_of, echo_peer, numbers, to, uclient
@@ -105,6 +105,32 @@ def test_pion_over_tcp_and_tls(
         for sender, receiver in ((alice, bob), (bob, alice)):
             sender.call("send", MESSAGES)
             assert receiver.call("receive", len(MESSAGES)) == MESSAGES
+
+
+@pytest.mark.parametrize("transport", ["tcp", "tls"])
+@within(seconds=30)
+async def test_aioice_over_tcp_and_tls(relay: RelayProcess, ports: Ports, transport: str) -> None:
+    pytest.importorskip("aioice", reason="aioice is not installed")
+    from aioice.turn import create_turn_endpoint  # noqa: PLC0415
+
+    is_tls = transport == "tls"
+    async with udp_peer("127.0.0.1") as bob:
+        _, alice = await create_turn_endpoint(
+            Endpoint,
+            ("127.0.0.1", ports.tls if is_tls else ports.tcp),
+            username=relay.username,
+            password=relay.password,
+            transport="tcp",
+            ssl=ssl.create_default_context(cadata=AUTHORITY.pem) if is_tls else False,
+        )
+        for number in range(1, 20):
+            payload = bytes(number)
+            alice.sends(payload, bob.address)
+            assert await bob.receives() == (payload, alice.address)
+            bob.sends(payload, alice.address)
+            assert await alice.receives() == (payload, bob.address)
+        alice.transport.close()
+        await alice.closed.wait()
 
 
 def end_by_pion(pion: Path, folder: Path, server: dict[str, str]) -> Program:
