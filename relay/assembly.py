@@ -30,7 +30,8 @@ from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.porthosts import PortHosts
 from relay.net.reactor import Reactor, log_bug
-from relay.net.streams import STREAM_FULL, End, Limits, Streams, adopt_tcp, listen_tcp
+from relay.net.stream import STREAM_FULL, End
+from relay.net.streams import Limits, Streams, adopt_tcp, listen_tcp
 from relay.net.udp import USUAL_LOSSES, PortOpener, PortSocket, Receiver, Shared
 from relay.observe.counters import STREAM_TRANSPORTS, Connections, Counters
 from relay.observe.http import HealthServer

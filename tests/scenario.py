@@ -23,7 +23,7 @@ from relay.datapath.datapath import DataPath
 from relay.datapath.destination import Pieces
 from relay.datapath.workspace import Workspace
 from relay.net.icmp import Icmp, TakeError
-from relay.net.streams import Then
+from relay.net.stream import Then
 from relay.net.udp import Receiver
 from relay.observe.counters import Counters
 from relay.stun import integrity

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.parser import text_string_to_metric_families
 
 from relay.assembly import KNOWN_AUTH_FAILURES, KNOWN_DROPS
-from relay.net.streams import End
+from relay.net.stream import End
 from relay.observe.counters import (
     STREAM_TRANSPORTS,
     Connections,

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.datapath.streamside import RUN, SHARE, SINGLE
-from relay.net.streams import Broken, Then
+from relay.net.stream import Broken, Then
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Kind, Method
 from relay.stun.message import Message

@@ -60,7 +60,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
     ),
     "relay.datapath": (
         "relay.observe.counters",
-        "relay.net.streams",
+        "relay.net.stream",
         "relay.net.udp",
         "relay.turn",
         "relay.stun",

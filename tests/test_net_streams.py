@@ -13,19 +13,21 @@ from typing import Any
 import pytest
 
 from relay.net.reactor import Reactor
-from relay.net.streams import (
-    ACCEPTS_AT_ONCE,
+from relay.net.stream import (
     ANSWERS,
-    LATER,
-    PATIENCE,
     QUEUED,
     SENT_AT_ONCE,
     Broken,
     End,
-    Limits,
     Stream,
-    Streams,
     Then,
+)
+from relay.net.streams import (
+    ACCEPTS_AT_ONCE,
+    LATER,
+    PATIENCE,
+    Limits,
+    Streams,
     listen_tcp,
 )
 from relay.net.tls import RECORDS_AT_ONCE, Identity, read_chain
@@ -271,8 +273,9 @@ def test_what_is_sent_is_padded_to_four_bytes(world: World) -> None:
     (stream,) = world.receiver.streams
     for message in (b"", b"a", b"ab", b"abc", b"abcd", memoryview(b"abcde")):
         assert stream.send(message)
-    assert stream.send_many([b"head", b"x", b"head", memoryview(b"yyyy")], 2, 8) == 2
-    expected = b"a\0\0\0ab\0\0abc\0abcdabcde\0\0\0headx\0\0\0headyyyy"
+    assert stream.send_many([b"head", b"xxx", b"head", memoryview(b"yyy")], 2, 7) == 2
+    assert stream.send_many([b"head", memoryview(b"zzzz"), b"head", b"z"], 2, 8) == 2
+    expected = b"a\0\0\0ab\0\0abc\0abcdabcde\0\0\0headxxx\0headyyy\0headzzzzheadz\0\0\0"
     assert received(world, client) == expected
 
 
@@ -603,7 +606,7 @@ def test_records_are_read_in_shares(tls: World) -> None:
 def test_who_makes_tls_talk_has_to_go(tls: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """By KeyUpdates, of which each asks for an answer. RFC 8446 §4.6.3."""
     client = opens(tls)
-    monkeypatch.setattr("relay.net.streams.LARGEST_REPLY", -1)  # as if there had been too many
+    monkeypatch.setattr("relay.net.stream.LARGEST_REPLY", -1)  # as if there had been too many
     client.send(b"four")
     tls.turns()
     assert tls.ended() == {"tls": 1}

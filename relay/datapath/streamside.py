@@ -12,7 +12,7 @@ from relay.datapath.clientside import LARGEST_STUN, ClientSide
 from relay.datapath.destination import ClientDestination, Pieces
 from relay.datapath.routes import Routes
 from relay.datapath.workspace import LARGEST_DATAGRAM, Workspace
-from relay.net.streams import Broken, Stream, Then
+from relay.net.stream import Broken, Stream, Then
 from relay.turn.channeldata import HEADER, HEADER_SIZE
 from relay.turn.commands import ClientAddress, Connection, Drop, transport_of
 from relay.turn.framing import FIRST_CHANNEL, NotFramed, message_size
