@@ -336,6 +336,7 @@ HANDED_UP = {
     "length of 0x8008": up(BOUND, struct.pack("!HH", NUMBER, 0x8008) + b"a" * 8).frame(),
     "four bytes behind the payload": up(BOUND, DATA + bytes(4)).frame(),
     "many bytes behind the payload": up(BOUND, DATA + bytes(400)).frame(),
+    "bytes behind a long datagram": up(BOUND, channel_data(NUMBER, bytes(100))).frame() + bytes(9),
     "no whole header": up(BOUND, b"\x40\x01\0").frame(),
     "empty datagram": up(BOUND, b"").frame(),
     "STUN": up(BOUND, b"\0\1\0\0" + bytes(16)).frame(),

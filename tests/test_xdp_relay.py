@@ -258,6 +258,7 @@ def test_peers_of_one_relay_are_inside(world: World, relay: RelayProcess) -> Non
             assert alice.receives() == (NUMBER, b"pong")
         after = Counts.of(relay)
         assert after.up_by_xdp - before.up_by_xdp == 6
+        assert after.down_by_xdp - before.down_by_xdp == 6  # as by the sockets, it counts for both
         assert after.up_by_sockets == before.up_by_sockets
 
         bob.refreshes(lifetime=0)

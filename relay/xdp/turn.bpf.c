@@ -46,6 +46,7 @@ enum {
 	UDP_SIZE = 8,
 	CHANNEL_HEADER_SIZE = 4,   // number and length. RFC 8656 §12.4
 	MOST_PADDING = 3,          // bytes behind the payload. RFC 8656 §12.5
+	LONGEST_PADDED = 64,       // bytes of a frame that somebody may have padded to its least size
 	LOOPBACK = 1,              // the index of lo, in every network namespace
 	MAX_CHANNELS = 1 << 18,
 	DEVICES = 16,
@@ -303,6 +304,8 @@ SECTION("xdp") int turn(struct xdp_md *ctx)
 	__u16 length = swap(udp->len);
 	if (length != datagram.size || length < UDP_SIZE || (void *)udp + length > end)
 		return XDP_PASS;
+	if ((void *)udp + length != end && end - data > LONGEST_PADDED) // what follows would go along
+		return XDP_PASS;
 	if (!udp->source || datagram.ttl < 2) // to port 0 nobody answers; loops between relays end
 		return XDP_PASS;
 	// A checksum of the pseudo-header alone is one that hardware is to finish, of which there is none
@@ -350,7 +353,8 @@ SECTION("xdp") int turn(struct xdp_md *ctx)
 		if (!entry)
 			return XDP_PASS;
 	}
-	if (route.flags & INSIDE) {
+	int is_inside = route.flags & INSIDE;
+	if (is_inside) {
 		struct flow inside = {};
 		__builtin_memcpy(inside.remote, route.from, 16);
 		__builtin_memcpy(inside.local, route.to, 16);
@@ -449,6 +453,8 @@ SECTION("xdp") int turn(struct xdp_md *ctx)
 	udp->check = datagram.check == 0 ? 0 : check ? check : 0xffff;
 
 	count(direction, datagram.size);
+	if (is_inside) // from one client of this relay to another, it counts for both
+		count(SIZE_CLASSES, datagram.size);
 	return goes_back ? XDP_TX : bpf_redirect_map(&devices, route.hop.ifindex, 0);
 }
 
