@@ -4,7 +4,9 @@ import os
 import signal
 import socket
 import ssl
+import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -176,6 +178,53 @@ def test_a_proxy_says_where_the_client_is(ports: Ports, arguments: list[str]) ->
         ) as alice,
     ):
         assert alice.maps() == ("192.0.2.7", 50000)
+
+
+JUNK = [
+    b"",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00",  # the start of a hello
+    bytes(range(256)),
+    b"\x40\x00\x07\x00" + bytes(100),  # of which the end never comes
+    b"\x00\x01\x00\x00\x21\x12\xa4\x42" + bytes(12),  # a Binding request
+]
+
+
+def test_whoever_else_connects_nobody_loses_anything(relay: RelayProcess, ports: Ports) -> None:
+    """One client over UDP, one over TCP, one over TLS; beside them many who mean no good."""
+    address = ("127.0.0.1", ports.udp)
+    with (
+        Peer() as peer,
+        TurnClient(address, relay.username, relay.password) as by_udp,
+        client_of(relay, ("127.0.0.1", ports.tcp)) as by_tcp,
+        client_of(relay, ("127.0.0.1", ports.tls), tls=True) as by_tls,
+        ExitStack() as stack,
+    ):
+        clients = (by_udp, by_tcp, by_tls)
+        relayed = [client.allocates() for client in clients]
+        for client in clients:
+            client.binds(0x4001, peer.address)
+        others: list[socket.socket] = []
+        for number in range(300):
+            port = (ports.tcp, ports.tls)[number % 2]
+            other = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            other.send(JUNK[number % len(JUNK)])
+            others.append(other)
+            if number % 3 == 0:
+                linger = struct.pack("ii", 1, 0)
+                other = others.pop(number % len(others))
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                other.close()
+            for client, source in zip(clients, relayed, strict=True):
+                payload = b"%d" % number
+                client.sends(0x4001, payload)
+                assert peer.receives() == (payload, source)
+                peer.sends(payload, to=source)
+                assert client.receives() == (0x4001, payload)
+        by_udp.refreshes(0)  # the others end with their connections
+    relay.signals(signal.SIGTERM)
+    assert relay.wait() == 0
+    assert "ERROR" not in relay.errors()
 
 
 # --- Certificates ----------------------------------------------------------------------------
