@@ -23,7 +23,7 @@ from tests.interop.needs import needs_programs
 from tests.netns import ip
 from tests.probes import scrape
 from tests.process import CHECKOUT, RelayProcess
-from tests.turnclient import TIMEOUT, TurnClient, TurnError
+from tests.turnclient import TIMEOUT, StreamClient, TurnClient, TurnError
 from tests.xdpbed import needs_bpf
 from tests.xdpworld import (
     HTTP,
@@ -266,6 +266,33 @@ def test_peers_of_one_relay_are_inside(world: World, relay: RelayProcess) -> Non
         alice.maps()
         assert nothing_is_queued(bob.socket)
         alice.refreshes(lifetime=0)
+
+
+def test_who_has_a_connection_is_relayed_by_the_sockets(small: World) -> None:
+    """To peers, and to a client whose own channels are in the kernel."""
+    with small.starts(f"--tcp-port={PORT}") as relay, ExitStack() as stack:
+        with inside(small.clients):
+            address = (small.relay_hosts[Family.IPV4], PORT)
+            alice = stack.enter_context(StreamClient(address, relay.username, relay.password))
+        bob = stack.enter_context(small.client(relay, Family.IPV4))
+        peer = stack.enter_context(small.peer(Family.IPV4))
+        of_alice, of_bob = alice.allocates(), bob.allocates()
+        alice.binds(0x4001, peer.address)
+        assert Counts.of(relay).routes == 0
+        alice.binds(0x4002, of_bob)
+        bob.binds(0x4003, of_alice)
+        assert Counts.of(relay).routes == 2
+        for number in range(3):
+            payload = b"%d" % number
+            alice.sends(0x4001, payload)
+            assert peer.receives() == (payload, of_alice)
+            peer.sends(payload, of_alice)
+            assert alice.receives() == (0x4001, payload)
+            alice.sends(0x4002, payload)
+            assert bob.receives() == (0x4003, payload)
+            bob.sends(0x4003, payload)
+            assert alice.receives() == (0x4002, payload)
+        bob.refreshes(0)
 
 
 @pytest.mark.parametrize("name", WORLDS)
