@@ -132,6 +132,7 @@ def _writer(routes: RouteMap, client_side: Address, port_host: str) -> KernelRou
         port_host=lambda _, __: port_host,
         public_hosts={},
         relay_ports=range(0),
+        is_own_host=lambda _: False,
         copies_tos=True,
         on_lost_control=sys.exit,
     )

@@ -125,6 +125,7 @@ class Full(Idle):
             port_host=lambda _, family: hosts[family],
             public_hosts=hosts,
             relay_ports=range(FIRST_PORT, FIRST_PORT + len(self._clients) + FREE_PORTS),
+            is_own_host=lambda _: False,
             copies_tos=True,
             on_lost_control=sys.exit,
         )

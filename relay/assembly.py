@@ -189,7 +189,7 @@ def assemble(
     if live is not None:
         live.on_change = partial(_on_change, port_hosts, on_addresses)
         reactor.register(live, live.on_readable)
-    kernel_path = _kernel_path(config, listeners, datapath)
+    kernel_path = _kernel_path(config, listeners, datapath, addresses)
     monitor = Monitor(
         server,
         counters,
@@ -478,7 +478,10 @@ def _check_descriptors(config: Config, max_sockets: int, descriptors: int) -> No
 
 
 def _kernel_path(
-    config: Config, listeners: dict[Family, ListeningSocket], datapath: DataPath
+    config: Config,
+    listeners: dict[Family, ListeningSocket],
+    datapath: DataPath,
+    addresses: Container[bytes],
 ) -> "KernelPath | None":
     """Have the kernel relay channels, too, if that is wanted. Raises DaemonError."""
     if config.xdp is None:
@@ -499,6 +502,7 @@ def _kernel_path(
             port_host=lambda port, family: datapath.ports[port].host(family),
             public_hosts=config.public_hosts,
             relay_ports=config.ports,
+            is_own_host=lambda host: pack(host) in addresses,
             copies_tos=config.copy_tos != "off",
             on_lost_control=on_lost_control,
         )

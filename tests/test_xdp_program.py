@@ -430,6 +430,26 @@ def test_an_address_that_this_host_has_no_longer(bed: Bed, namespace: str) -> No
     assert bed.relays(up(bound, channel_data(NUMBER, b"x")).frame()).source == bound.relayed
 
 
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_comes_from_another_client_of_the_relay(path: Path, is_own: bool) -> None:
+    """Inside the program it is relayed; in at a device it comes only where a NAT turns it around.
+
+    Where the relayed address is the host's own, such a frame is forged.
+    """
+    with Bed(path, are_relayed_own=is_own) as bed:
+        host = RELAYED[Family.IPV4]
+        other = ("192.0.2.11", 5001)
+        alice = bed.bind(Channel(CLIENTS[Family.IPV4], NUMBER, 50000, (host, 50001)))
+        bed.bind(Channel(other, 0x4002, 50001, (host, 50000)))
+        heard = bed.relays(up(alice, channel_data(NUMBER, b"inside")).frame())
+        assert (heard.to, heard.payload) == (other, channel_data(0x4002, b"inside"))
+        forged = down(alice, b"from outside").frame()
+        if is_own:
+            bed.passes(forged)
+        else:
+            assert bed.relays(forged).to == alice.client
+
+
 # --- Anything at all ------------------------------------------------------------------------
 
 

@@ -124,6 +124,7 @@ def routes_to(
     relayed: Mapping[Family, str] = RELAYED,
     *,
     copies_tos: bool = True,
+    are_relayed_own: bool = True,
     on_lost_control: LostControl,
 ) -> KernelRoutes:
     """What writes to a map of routes, as in the relay."""
@@ -133,6 +134,7 @@ def routes_to(
         port_host=lambda _, of: relayed[of],
         public_hosts=relayed,
         relay_ports=RELAY_PORTS,
+        is_own_host=lambda host: are_relayed_own and host in relayed.values(),
         copies_tos=copies_tos,
         on_lost_control=on_lost_control,
     )
@@ -161,6 +163,7 @@ class Bed:
         *,
         devices: Iterable[str] = NETWORKS,
         copies_tos: bool = True,
+        are_relayed_own: bool = True,
         listening: Mapping[Family, str] = LISTENING,
         relayed: Mapping[Family, str] = RELAYED,
     ) -> None:
@@ -174,6 +177,7 @@ class Bed:
             listening,
             relayed,
             copies_tos=copies_tos,
+            are_relayed_own=are_relayed_own,
             on_lost_control=self.lost_control.append,
         )
 

@@ -28,6 +28,7 @@ logger = logging.getLogger("relay.xdp")
 
 INSIDE: Final = 1  # the peer may be another allocation of this relay
 UNMARKED: Final = 2  # relay without DSCP and ECN
+ONLY_INSIDE: Final = 4  # the peer is at this host: what comes in from there is forged
 
 _FLOW: Final = struct.Struct("!16s16sHHHBB")
 _TARGET: Final = struct.Struct("!16s16sHHHBBII32x")  # behind the flow; ends with room for the hop
@@ -73,6 +74,7 @@ class KernelRoutes:
         port_host: Callable[[int, Family], str],
         public_hosts: Mapping[Family, str],
         relay_ports: range,
+        is_own_host: Callable[[str], bool],
         copies_tos: bool,
         on_lost_control: LostControl,
     ) -> None:
@@ -80,13 +82,15 @@ class KernelRoutes:
 
         ``client_side(client)`` returns the address of ours that a client writes to, and
         ``port_host(port, family)`` the one that a relay port is bound to; it may be a wildcard.
-        *public_hosts* and *relay_ports* tell what may be another allocation of this relay.
+        *public_hosts* and *relay_ports* tell what may be another allocation of this relay, and
+        ``is_own_host(host)`` whether this host has an address.
         """
         self._routes = routes
         self._client_side = client_side
         self._port_host = port_host
         self._public_hosts = public_hosts
         self._relay_ports = relay_ports
+        self._is_own_host = is_own_host
         self._flags = 0 if copies_tos else UNMARKED
         self._on_lost_control = on_lost_control
         # By client and channel both keys, end to end. One table of all would stop the loop for tens
@@ -124,9 +128,10 @@ class KernelRoutes:
             target = self._target(inside, seen_from, _FROM_PEER, INSIDE)
         else:
             target = self._target(bind.peer, relayed, _FROM_PEER)
+        flags = ONLY_INSIDE if self._is_own_host(bind.peer[0]) else 0
         try:
             self._routes.update(
-                to_client, to_client + self._target(client, client_side, bind.number)
+                to_client, to_client + self._target(client, client_side, bind.number, flags)
             )
             try:
                 self._routes.update(to_peer, to_peer + target)

@@ -79,6 +79,9 @@ struct hop {
 #define INSIDE 1
 // Send it without DSCP and ECN, whatever it came with.
 #define UNMARKED 2
+// The peer has an address of this host, from which nothing comes in at a device: a frame that says
+// so is forged, and for the host's stack to drop.
+#define ONLY_INSIDE 4
 
 struct route {
 	struct flow flow;           // the key once more: see find()
@@ -350,7 +353,7 @@ SECTION("xdp") int turn(struct xdp_md *ctx)
 	} else {
 		datagram.flow.channel = 0;
 		entry = find(&datagram.flow, &route);
-		if (!entry)
+		if (!entry || route.flags & ONLY_INSIDE)
 			return XDP_PASS;
 	}
 	int is_inside = route.flags & INSIDE;
