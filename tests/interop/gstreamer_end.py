@@ -30,8 +30,8 @@ class End:
         self._pipeline = Gst.Pipeline.new()
         self._bin = Gst.ElementFactory.make("webrtcbin")
         who = f"{quote(server['username'], safe='')}:{quote(server['credential'], safe='')}"
-        address = server["urls"].removeprefix("turn:").partition("?")[0]
-        self._bin.set_property("turn-server", f"turn://{who}@{address}")
+        scheme, _, address = server["urls"].partition(":")
+        self._bin.set_property("turn-server", f"{scheme}://{who}@{address}")
         self._bin.set_property("ice-transport-policy", GstWebRTC.WebRTCICETransportPolicy.RELAY)
         self._bin.set_property("bundle-policy", GstWebRTC.WebRTCBundlePolicy.MAX_BUNDLE)
         self._bin.connect("on-data-channel", lambda _bin, channel: self._use(channel))

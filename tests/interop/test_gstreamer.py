@@ -1,7 +1,10 @@
 """GStreamer's webrtcbin, and so libnice, with the relay between both ends."""
 
 import json
+import re
+import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,8 @@ import pytest
 from bench.loadlib.netns import RELAY_HOST, Network
 from tests.interop.browser import ice_server
 from tests.interop.needs import missing, needs_programs
+from tests.interop.network import PORT, relay_in
 from tests.interop.program import Program, connect
-from tests.process import RelayProcess
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
@@ -19,21 +22,33 @@ SYSTEM_PYTHON = "/usr/bin/python3"  # which has bindings that are no packages of
 MESSAGES = [f"message {number}" for number in range(300)]
 
 
+@pytest.mark.parametrize("transport", ["udp", "tcp"])
 def test_a_data_channel_is_relayed_at_both_ends(
-    network: Network, relay_at_a_distance: RelayProcess, tmp_path: Path
+    network: Network, tmp_path: Path, transport: str
 ) -> None:
+    """Of alice's network nothing else may come through; bob has UDP."""
     needs_gstreamer()
-    server = json.dumps(ice_server(relay_at_a_distance, RELAY_HOST))
-    command = ["ip", "netns", "exec", network.clients, SYSTEM_PYTHON, str(END), server]
-    with (
-        Program("alice", command, folder(tmp_path / "alice"), {}) as alice,
-        Program("bob", command, folder(tmp_path / "bob"), {}) as bob,
-    ):
+    command = ["ip", "netns", "exec", network.clients, SYSTEM_PYTHON, str(END)]
+    url = f"turn:{RELAY_HOST}:{PORT + 3}?transport={transport}"
+    with relay_in(network, PORT + 3, f"--tcp-port={PORT + 3}") as relay, ExitStack() as stack:
+        alice, bob = (
+            stack.enter_context(
+                Program(name, [*command, json.dumps(server)], folder(tmp_path / name), {})
+            )
+            for name, server in (
+                ("alice", ice_server(relay, RELAY_HOST, url)),
+                ("bob", ice_server(relay, RELAY_HOST)),
+            )
+        )
         connect(alice, bob)
         alice.call("send", MESSAGES)
         assert bob.call("receive", len(MESSAGES)) == MESSAGES
         bob.call("send", MESSAGES)
         assert alice.call("receive", len(MESSAGES)) == MESSAGES
+        relay.signals(signal.SIGUSR1)
+        by_tcp = re.search(r"client to peer by TCP: (\d+) datagrams", relay.logs("summary"))
+        assert by_tcp is not None
+        assert (int(by_tcp[1]) > 0) is (transport == "tcp")
 
 
 def folder(path: Path) -> Path:
