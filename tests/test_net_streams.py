@@ -32,6 +32,7 @@ from relay.net.streams import (
 )
 from relay.net.tls import RECORDS_AT_ONCE, Identity, read_chain
 from tests.certificates import Authority
+from tests.keyupdates import KeyUpdater
 
 CLIENT = ("127.0.0.1", 0)
 HEADER = b"PROXY TCP4 192.0.2.7 198.51.100.1 50000 443\r\n"
@@ -603,13 +604,25 @@ def test_records_are_read_in_shares(tls: World) -> None:
     assert len(b"".join(tls.receiver.taken)) == 4 + 200
 
 
-def test_who_makes_tls_talk_has_to_go(tls: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By KeyUpdates, of which each asks for an answer. RFC 8446 §4.6.3."""
-    client = opens(tls)
-    monkeypatch.setattr("relay.net.stream.LARGEST_REPLY", -1)  # as if there had been too many
-    client.send(b"four")
-    tls.turns()
-    assert tls.ended() == {"tls": 1}
+@pytest.mark.parametrize(("count", "ended"), [(1, {}), (5, {}), (2000, {"tls": 1})])
+def test_who_asks_for_new_keys_over_and_over_has_to_go(
+    tls: World, count: int, ended: dict[str, int]
+) -> None:
+    """Each time it takes as long as some datagrams, and an answer. RFC 8446 §4.6.3."""
+    client = tls.connects()
+    updater = KeyUpdater(client)
+    tls.stack.callback(updater.close)
+    for _ in range(5):
+        is_done = updater.shakes_hands()
+        tls.turns()
+    assert is_done
+    updates = updater.updates(count)
+    with suppress(BrokenPipeError, ConnectionResetError):
+        while updates:
+            updates = updates[client.send(updates[:4000]) :]
+            tls.turns(1)
+    tls.turns(3)
+    assert tls.ended() == ended
 
 
 def test_a_hello_may_come_byte_by_byte(tls: World) -> None:
