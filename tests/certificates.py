@@ -22,6 +22,19 @@ def new_key(kind: str = "ecdsa") -> PrivateKey:
     return rsa.generate_private_key(65537, int(kind.removeprefix("rsa-")))
 
 
+_SIGNS_CERTIFICATES = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+
+
 class Certificate:
     """A certificate with its key, as PEM."""
 
@@ -102,7 +115,14 @@ class Authority:
             .not_valid_before(min(now, now + lasts) - timedelta(hours=1))
             .not_valid_after(now + lasts)
             .add_extension(constraints, critical=True)
+            # Without these, Python from 3.13 on does not believe it (VERIFY_X509_STRICT).
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), False
+            )
         )
+        if constraints.ca:
+            builder = builder.add_extension(_SIGNS_CERTIFICATES, critical=True)
         if not constraints.ca:
             usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
             builder = builder.add_extension(usage, critical=False)

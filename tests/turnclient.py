@@ -193,11 +193,15 @@ class StreamClient(TurnClient):
 
     def _connect(self, server: Address, _family: int, _bind: str) -> socket.socket:
         sock = socket.create_connection(server, TIMEOUT)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.sendall(self._first)
-        if self._context is None:
-            return sock
-        return self._context.wrap_socket(sock, server_hostname="relay.test")
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.sendall(self._first)
+            if self._context is None:
+                return sock
+            return self._context.wrap_socket(sock, server_hostname="relay.test")
+        except BaseException:
+            sock.close()
+            raise
 
     def _send(self, message: bytes) -> None:
         self.socket.sendall(message + PADDING[len(message) % 4])
