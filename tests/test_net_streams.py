@@ -490,6 +490,20 @@ def test_a_bug_ends_the_connection_it_came_up_on(tcp: World) -> None:
     assert tcp.receiver.taken == [b"data"]
 
 
+def test_what_cannot_be_sealed_ends_the_connection(
+    tls: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> bytes:
+        raise ssl.SSLError(1, "as the test wants it")
+
+    opens(tls)
+    monkeypatch.setattr("relay.net.tls.TlsSession.seal", fails)
+    tls.receiver.streams[0].send(b"four")
+    tls.turns(1)
+    assert tls.ended() == {"reset": 1}
+    assert tls.streams.queued == 0
+
+
 def test_a_bug_at_one_connection_silences_no_other(tcp: World) -> None:
     clients = [opens(tcp) for _ in range(3)]
     streams = tcp.receiver.streams

@@ -465,8 +465,9 @@ class Stream:
                 messages.append(queue.popleft())
                 taken += len(messages[-1]) + OVERHEAD
         self._queue_size -= taken
+        self._streams.queued -= taken
         self._unsent = memoryview(b"".join(messages) if tls is None else tls.seal(messages))
-        self._streams.queued += len(self._unsent) - taken
+        self._streams.queued += len(self._unsent)
 
     def _send_outside(self, records: bytes) -> None:
         """Send what TLS itself has to say, before anything that is sealed after it."""
