@@ -25,6 +25,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address, ip_network
 from itertools import islice
 from typing import Final
@@ -161,8 +162,8 @@ class Streams:
         """Accept connections from here on."""
         self.receiver = receiver
         self._has_started = True
-        for number, (sock, _) in enumerate(self._listeners):
-            self.reactor.register(sock, _Acceptor(self, number).on_acceptable)
+        for sock, transport in self._listeners:
+            self.reactor.register(sock, partial(self._accept_some, sock, transport))
 
     def change_limits(self, limits: Limits) -> None:
         """Go on with other limits. Connections that there are already stay."""
@@ -202,9 +203,7 @@ class Streams:
 
     # --- Newcomers ---------------------------------------------------------------------------
 
-    def accept_some(self, number: int) -> None:
-        """Accept a few connections."""
-        sock, transport = self._listeners[number]
+    def _accept_some(self, sock: socket.socket, transport: str) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
             try:
                 connection, address = sock.accept()
@@ -396,15 +395,3 @@ class Streams:
             stream.drop_all()
             # What it has begun to be sent stays; it need not be looked at again before the others.
             self._slow[stream] = self._slow.pop(stream)
-
-
-class _Acceptor:
-    """What the reactor calls when somebody wants to be accepted."""
-
-    def __init__(self, streams: Streams, number: int) -> None:
-        self._streams = streams
-        self._number = number
-
-    def on_acceptable(self) -> None:
-        """Accept a few connections."""
-        self._streams.accept_some(self._number)
