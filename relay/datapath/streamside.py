@@ -102,9 +102,8 @@ class StreamSide:
             number = _unpack_from(view, at)[0]
             left -= SINGLE
             if number >= FIRST_CHANNEL:
-                count, end = self._relay(client, view, at, size)
-                left -= max(0, count - SINGLE)
-                at = end
+                relayed, at = self._relay(client, view, at, size, length)
+                left -= max(0, relayed - SINGLE)
             elif number == SEND:
                 sent = self._relay_send(view[at : at + length], length, client)
                 if sent >= 0:
@@ -139,15 +138,14 @@ class StreamSide:
         return True
 
     def _relay(
-        self, client: ClientAddress, view: memoryview, at: int, size: int
+        self, client: ClientAddress, view: memoryview, at: int, size: int, whole: int
     ) -> tuple[int, int]:
-        """Relay the ChannelData at *at*, and what follows that is alike.
+        """Relay the ChannelData of *whole* bytes at *at*, and what follows that is alike.
 
         Returns how many they were, and where they end.
         """
         header = _unpack_from(view, at)
         number, length = header
-        whole = HEADER_SIZE + length + (-length & 3)
         peer = self._to_peer.get((client, number))
         if peer is None:
             is_channel = number <= self._last_channel
