@@ -10,7 +10,7 @@ from relay.datapath.routes import ReachClient, Routes
 from relay.datapath.streamside import StreamSide
 from relay.datapath.workspace import Workspace
 from relay.stun.const import Family
-from relay.turn.commands import ClientAddress
+from relay.turn.commands import ClientAddress, connection_of
 from relay.turn.peers import PeerPolicy
 from relay.turn.server import Server
 
@@ -61,7 +61,7 @@ class DataPath:
         self.stream_clients = StreamSide(workspace, self.routes, self.control, self.clients)
 
     def _reach_client(self, client: ClientAddress) -> ClientDestination:
-        if type(client[1]) is bytes:
+        if connection_of(client) is None:
             return self._reach_by_udp(client)
         return self.stream_clients.reach(client)
 
