@@ -90,10 +90,13 @@ def read_chain(pem: str) -> Chain:
         found = first.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         names += found.get_values_for_type(x509.DNSName)
         names += map(str, found.get_values_for_type(x509.IPAddress))
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except (
+        x509.ExtensionNotFound,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+        ValueError,
+    ):
         pass  # then no browser takes it, but others may
-    except ValueError:
-        pass
     try:
         key = first.public_key()
     except (UnsupportedAlgorithm, ValueError):
