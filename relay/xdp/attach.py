@@ -184,17 +184,18 @@ class KernelPath:
         is_veth = driver_of(device) == VETH
         if is_veth and self._are_named:
             logger.warning("xdp: %s: %s", device, _VETH_HELP)
-        for mode in ("native", "generic") if self._mode == "generic" else ("native",):
-            if mode == "native" and is_veth and not self._are_named:
-                failure = OSError(errno.EOPNOTSUPP, _VETH_HELP)
-                continue
+        may_lose = is_veth and not self._are_named
+        modes = [] if may_lose else ["native"]
+        if self._mode == "generic":
+            modes.append("generic")
+        for mode in modes:
             try:
                 self._links.append(program.attach(index, _MODES[mode]))
             except OSError as error:
                 failure = error
             else:
                 return mode
-        if is_veth and not self._are_named:
+        if may_lose:
             raise XdpError(f"{device}: {_VETH_HELP}")
         raise XdpError(_explained(f"{device}: it cannot be attached", failure, _ATTACH_HELP))
 
