@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, TypeVar
 
+from relay.datapath.adoption import Adoption, Arrival
 from relay.datapath.datapath import DataPath
 from relay.datapath.destination import Pieces
 from relay.datapath.workspace import Workspace
@@ -36,9 +37,12 @@ from relay.turn.channeldata import HEADER, RFC8656_NUMBERS
 from relay.turn.commands import ClientAddress, PeerAddress
 from relay.turn.framing import PADDING
 from relay.turn.peers import PeerPolicy
+from relay.turn.records import Record
 from relay.turn.server import Server
 from relay.turn.settings import Settings
 from relay.turn.users import DEFAULT_REALM, Users, mint
+from tests.written import decode as decode_records
+from tests.written import encode
 
 T = TypeVar("T")
 
@@ -77,6 +81,7 @@ class Scenario:
         software: str | None = None,
         authenticator: type[Authenticator] = Authenticator,
         users: Users | None = None,
+        server: type[Server] = Server,
     ) -> None:
         both = {Family.IPV4: PUBLIC_IP4, Family.IPV6: PUBLIC_IP6}
         public_hosts = {family: both[family] for family in families}
@@ -107,11 +112,17 @@ class Scenario:
         self.authenticator = authenticator(
             Users(secret=SECRET) if users is None else users, rng.randbytes(32)
         )
-        self.server = Server(
+        self._peer_policy = _peer_policy(allow_peers, deny_peers)
+        self._server_type, self._randbelow = server, rng.randrange
+        self._assemble()
+
+    def _assemble(self) -> None:
+        """Build a server and its data path, between the sockets that there are."""
+        self.server = self._server_type(
             self.settings,
             authenticator=self.authenticator,
-            peer_policy=_peer_policy(allow_peers, deny_peers),
-            randbelow=rng.randrange,
+            peer_policy=self._peer_policy,
+            randbelow=self._randbelow,
             now=self.time.now,
         )
         workspace = Workspace(self.counters)
@@ -121,13 +132,35 @@ class Scenario:
             workspace,
             reach_client=self.network.reach_client,
             open_socket=self.network.open_socket,
-            public_hosts=public_hosts,
-            relay_ports=ports,
-            channel_numbers=channel_numbers,
+            public_hosts=self.public_hosts,
+            relay_ports=self.settings.ports,
+            channel_numbers=self.settings.channel_numbers,
             timers=self.time,
             unix_clock=lambda: self.time.now - START + UNIX_START,
-            is_relay_host=lambda host: host in public_hosts.values(),
+            is_relay_host=lambda host: host in self.public_hosts.values(),
         )
+
+    def is_replaced(self) -> None:
+        """Have another process go on in place of this one, with what that tells it in bytes."""
+        old = self.server.transfer
+        written = encode(filter(None, map(old.dump, old.begin())))
+        (rest,) = decode_records(encode([old.dump_rest()]))
+        self.is_replaced_by(*decode_records(written), rest)
+
+    def is_replaced_by(self, *written: Record) -> None:
+        """Have another process go on with records: of allocations, and the last one of the rest."""
+        *allocations, rest = written
+        self.time.forget()
+        self._assemble()
+        adoption = Adoption(self.datapath, self.server.transfer, self.network.adopt)
+        adoption.apply([], map(self._arrival, allocations))
+        self.server.transfer.load_rest(rest)
+        self.server.check()
+
+    def _arrival(self, record: Record) -> "Arrival[FakeSocket]":
+        families = [Family(number) for number, _ in record["expires_at"]]
+        ports = {family: self.network.sockets[family, record["port"]] for family in families}
+        return Arrival(record, ports, {})
 
     def client(self, address: str, user: str = "", expiry: int = FOREVER) -> "Client":
         """A client with credentials of its own, or of *user*, that never expire."""
@@ -515,6 +548,10 @@ class Time:
     def cancel(self, callback: Callable[[], None]) -> None:
         self._deadlines.pop(callback, None)
 
+    def forget(self) -> None:
+        """Call nothing that was to be called: who wanted it is gone."""
+        self._deadlines.clear()
+
     def passes(self, seconds: float) -> None:
         end = self.now + seconds
         while self._deadlines and min(self._deadlines.values()) <= end:
@@ -552,6 +589,11 @@ class Network:
             raise OSError(errno.EADDRINUSE, "Address already in use")
         sock = self.sockets[family, port] = FakeSocket(self, family, port, receiver)
         self.opened.append(port)
+        return sock
+
+    def adopt(self, sock: "FakeSocket", receiver: Receiver) -> "FakeSocket":
+        """Have another receiver take what arrives at a socket."""
+        sock.receiver = receiver
         return sock
 
 

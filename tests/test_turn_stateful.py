@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from relay.stun.attributes import Attr
 from relay.stun.const import UDP_PROTOCOL, Method
+from relay.turn.server import Server
 from tests.scenario import (
     Client,
     Indicated,
@@ -23,6 +24,7 @@ from tests.scenario import (
     relayed,
     to,
 )
+from tests.twin import TwinServer
 
 CLIENTS = [f"192.0.2.10:{port}" for port in (5000, 5001, 5002)]
 USERS = ["alice", "bob"]
@@ -117,9 +119,11 @@ class Model:
 class Relay(RuleBasedStateMachine):
     """The relay and its model, side by side."""
 
+    server: type[Server] = Server
+
     @initialize(takeover=st.booleans())
     def starts(self, takeover: bool) -> None:
-        self.relay = Scenario(ports=PORTS, one_allocation_per_username=takeover)
+        self.relay = Scenario(ports=PORTS, one_allocation_per_username=takeover, server=self.server)
         self.model = Model(takeover)
         self.clients: dict[tuple[str, str], Client] = {
             (address, user): self.relay.client(address, user)
@@ -177,6 +181,10 @@ class Relay(RuleBasedStateMachine):
         self.relay.passes(seconds)
         self.model.passes(seconds)
 
+    @rule()
+    def is_replaced(self) -> None:
+        self.relay.is_replaced()
+
     @invariant()
     def ports_are_open_for_live_allocations_only(self) -> None:
         live = self.model.allocations
@@ -226,5 +234,26 @@ def host_of(peer: str) -> str:
     return peer.partition(":")[0]
 
 
+class ReplacedRelay(Relay):
+    """The relay, its model, and a server that moves from process to process at its side."""
+
+    server = TwinServer
+
+    @rule()
+    def begins_to_move(self) -> None:
+        self.twin.begins_to_move(self.relay.time.now)
+
+    @rule()
+    def is_replaced(self) -> None:
+        self.twin.moves(self.relay.time.now)
+
+    @property
+    def twin(self) -> TwinServer:
+        assert isinstance(self.relay.server, TwinServer)
+        return self.relay.server
+
+
 TestRelay = Relay.TestCase
+TestReplacedRelay = ReplacedRelay.TestCase
 TestRelay.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestReplacedRelay.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -21,7 +21,9 @@ from relay.turn.commands import (
     UnbindChannel,
 )
 from relay.turn.peers import PeerPolicy
+from relay.turn.records import Record
 from relay.turn.server import Server
+from relay.turn.tables import Allocation
 
 logger = logging.getLogger("relay.datapath")
 
@@ -89,6 +91,16 @@ class Control:
             self._server.handle_timeout(self._timers.clock())
         finally:  # whatever happened, the next deadline must be set
             self._carry_out()
+
+    def adopt(self, record: Record, open_port: Callable[[Allocation], None]) -> Allocation:
+        """Go on with an allocation of another process. Raises UnreadableState, OSError.
+
+        ``open_port(allocation)`` has its port open before anything is relayed through it.
+        """
+        allocation = self._server.transfer.load(record)
+        open_port(allocation)
+        self._carry_out()
+        return allocation
 
     def change_peer_policy(self, peer_policy: PeerPolicy) -> None:
         """Go on with other rules; channels that they forbid relay nothing from here on."""

@@ -1,6 +1,6 @@
 """Relay ports: what peers send to one goes to the client whose allocation it is."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from relay.datapath.destination import Destination, PeerDestination, Pieces
@@ -90,6 +90,16 @@ class RelayPort:
             self.close()
             raise
         return failures
+
+    @property
+    def sockets(self) -> Mapping[Family, RelaySocket]:
+        """Its socket in each family that it is bound in."""
+        return self._sockets
+
+    def forget(self) -> None:
+        """Forget whose it is and what is relayed through it; it stays open."""
+        self._routes.clear()
+        self._permitted = self._client = None
 
     def is_open_in(self, family: Family) -> bool:
         """Tell if the port is bound in a family."""
@@ -249,10 +259,21 @@ class RelayPorts:
         """Tell if what comes from *address* was sent by one of these ports."""
         return self.at(address) is not None and self._is_relay_host(address[0])
 
-    def open(self, number: int, families: tuple[Family, ...]) -> dict[Family, OSError]:
-        """Bind a port in each family that it can be bound in; return what failed."""
+    def __contains__(self, number: int) -> bool:
+        return number in self._ports
+
+    def open(
+        self,
+        number: int,
+        families: tuple[Family, ...],
+        open_socket: OpenSocket | None = None,
+    ) -> dict[Family, OSError]:
+        """Bind a port in each family that it can be bound in; return what failed.
+
+        With *open_socket* it comes from there, instead of being bound.
+        """
         port = RelayPort(number, self._workspace, self._clock)
-        failures = port.open(self._open_socket, number, families)
+        failures = port.open(open_socket or self._open_socket, number, families)
         if len(failures) < len(families):
             self._ports[number] = port
         return failures

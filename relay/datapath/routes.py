@@ -4,7 +4,7 @@ They are written here and nowhere else, by five commands of the server. Whoever 
 routes (a program in the kernel, say) is told of each change in the same place.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from relay.datapath.destination import ClientDestination, Destination, PeerDestination
@@ -133,6 +133,16 @@ class Routes:
         peers = [peer for _, peer in close.channels]
         if not self._ports.close(close.port, close.families, peers):
             self.permitted.pop(close.client, None)
+
+    def forget(self, client: ClientAddress, port: int, numbers: Iterable[int]) -> None:
+        """Forget what is relayed for a client by these channels and by permissions.
+
+        Watchers are told nothing, and the port stays open.
+        """
+        for number in numbers:
+            del self.to_peer[client, number]
+        self.permitted.pop(client, None)
+        self._ports[port].forget()
 
     def clear(self) -> None:
         """Forget the routes from clients, at the end; those to clients go with their ports.

@@ -58,7 +58,7 @@ class Authenticator:
 
     def __init__(self, users: Users, nonce_key: bytes) -> None:
         """Take who there is, and a random key of 32 bytes for nonces."""
-        self._nonce_key = nonce_key
+        self.nonce_key: Final = nonce_key
         self.change_users(users)
 
     def change_users(self, users: Users) -> None:
@@ -87,7 +87,7 @@ class Authenticator:
         keys = users.keys(username, algorithm)
         if remembered is not None:
             return chain((remembered,), keys)
-        return chain((next(keys, self._nonce_key),), keys)
+        return chain((next(keys, self.nonce_key),), keys)
 
     def remember(self, username: str, algorithm: PasswordAlgorithm, key: bytes) -> None:
         """Keep the key of a user who has proven to know it, for the next requests.
@@ -130,5 +130,5 @@ class Authenticator:
         # A client is held to the offer that its nonce came with: with another offer it goes stale.
         offer = self._offer if cookie else b""
         covered = issued + cookie + offer + f" {host} {port}".encode()
-        mac = hashlib.blake2s(covered, key=self._nonce_key, digest_size=_MAC_SIZE).digest()
+        mac = hashlib.blake2s(covered, key=self.nonce_key, digest_size=_MAC_SIZE).digest()
         return cookie + b64encode(issued + mac)[:_OWN_SIZE]

@@ -64,6 +64,17 @@ class FreePorts:
             self._remove(port + 1)
         return port
 
+    def claim(self, port: int) -> bool:
+        """Take a certain port; return False if it is not free, or none that is lent."""
+        if port not in self._places:
+            for entry in self._set_aside:
+                if entry[1] == port:
+                    self._set_aside.remove(entry)
+                    return True
+            return False
+        self._remove(port)
+        return True
+
     def give_back(self, port: int) -> None:
         """Have a port that was taken drawn again."""
         self._places[port] = len(self._ports)
@@ -72,6 +83,18 @@ class FreePorts:
     def set_aside(self, port: int, now: float) -> None:
         """Give back a port that cannot be bound at present: in use, or reserved."""
         self._set_aside.append((now + SET_ASIDE_FOR, port))
+
+    @property
+    def aside(self) -> list[tuple[float, int]]:
+        """The ports that are set aside, and until when, in monotonic seconds."""
+        return list(self._set_aside)
+
+    def put_aside(self, ports: Iterable[tuple[float, int]]) -> None:
+        """Set aside those of *ports* that are free, each until some time, the first one first."""
+        for until, port in ports:
+            if port in self._places:
+                self._remove(port)
+                self._set_aside.append((until, port))
 
     def _suits(self, port: int, *, with_next: bool) -> bool:
         return port % 2 == 0 and (not with_next or port + 1 in self._places)

@@ -61,22 +61,22 @@ Source = int
 class Budget:
     """What one allocation may have of something: so much per second, after a burst."""
 
-    __slots__ = ("_due",)
+    __slots__ = ("due",)
 
     rate: ClassVar[float]  # per second
     burst: ClassVar[float]
 
     def __init__(self) -> None:
         """Begin with a full budget."""
-        self._due = 0.0  # when the next one would be due at exactly the rate
+        self.due = 0.0  # when the next one would be due at exactly the rate, in monotonic seconds
 
     def is_spent(self, now: float) -> bool:
         """Tell if there is nothing left at *now*, in monotonic seconds."""
-        return self._due > now + (self.burst - 1) / self.rate
+        return self.due > now + (self.burst - 1) / self.rate
 
     def spend(self, now: float) -> None:
         """Count one."""
-        self._due = max(self._due, now) + 1 / self.rate
+        self.due = max(self.due, now) + 1 / self.rate
 
 
 class ClientBudget(Budget):
@@ -106,7 +106,7 @@ class RateLimiter:
         """Take the rates in units of work per second; 0 is no limit."""
         self._due = array("d", bytes(8 * 2 * SLOTS))  # by Source
         self._quiet_due = array("d", bytes(8 * 2 * SLOTS))
-        self._due_in_all = 0.0
+        self.due_in_all = 0.0  # when the next unit of all would be, in monotonic seconds
         self.set_rates(per_prefix, total)
 
     def set_rates(self, per_prefix: int, total: int) -> None:
@@ -127,7 +127,7 @@ class RateLimiter:
     def refusal(self, source: Source, now: float) -> Drop | None:
         """Say which bound a request from *source* would exceed at *now*, or None."""
         share = self._share(source, now)
-        if self._spacing_in_all and self._due_in_all > now + BURST_IN_ALL * share:
+        if self._spacing_in_all and self.due_in_all > now + BURST_IN_ALL * share:
             return Drop.TOTAL_RATE
         if self._spacing[source >= SLOTS] and self._due[source] > now + BURST:
             return Drop.PREFIX_RATE
@@ -136,7 +136,7 @@ class RateLimiter:
     def count(self, source: Source, work: int, now: float) -> None:
         """Count *work* that was done for *source*."""
         self._due[source] = max(self._due[source], now) + work * self._spacing[source >= SLOTS]
-        self._due_in_all = max(self._due_in_all, now) + work * self._spacing_in_all
+        self.due_in_all = max(self.due_in_all, now) + work * self._spacing_in_all
 
     def _share(self, source: Source, now: float) -> float:
         """Return how much of BURST_IN_ALL is there for *source*, which has just asked."""

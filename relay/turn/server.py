@@ -39,6 +39,7 @@ from relay.turn.request import Answers, Refused, Request, require_known_attribut
 from relay.turn.settings import Settings
 from relay.turn.state import State
 from relay.turn.tables import Tables
+from relay.turn.transfer import Transfer
 
 # Units of work, for RateLimiter.
 ANSWER: Final = 1
@@ -79,6 +80,12 @@ class Server:
         self._admission = Admission(authenticator)
         self._allocations = AllocationHandler(self._state, randbelow)
         self._channels = ChannelHandler(self._state)
+        self.transfer = Transfer(
+            self._state,
+            self._admission,
+            self._channels,
+            (self._limiter, self._connection_limiter),
+        )
         self._handlers: dict[int, Callable[[Request], None]] = {
             Method.ALLOCATE: self._allocations.allocate,
             Method.REFRESH: self._allocations.refresh,
@@ -112,6 +119,7 @@ class Server:
             limiter, is_proven = self._connection_limiter, True
         if allocation is not None and is_proven:
             allocation.budget.spend(now)
+            self._tables.note(client)
         else:
             source = limiter.source(client[0][0], is_proven=is_proven)
             over = limiter.refusal(source, now)

@@ -5,7 +5,7 @@ each change of what is relayed leaves as a command, and that everything has a de
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final, TypeVar
@@ -153,6 +153,8 @@ class Tables:
         self._deadlines = TimerWheel(now)
         self._commands = commands
         self.ended = EndedTransactions()
+        # Those whose allocation has changed since somebody wanted to know; None: nobody does.
+        self.changed: dict[ClientAddress, None] | None = None
         self.sockets = 0  # relay ports in use, counted once per family
         self.channels = 0  # bound and cooling ones
         self.bound = 0
@@ -211,12 +213,59 @@ class Tables:
         self._by_site[site_of(allocation.client[0][0])] += 1
         self._deadlines.schedule(allocation, min(allocation.expires_at.values()))
         self.sockets += len(allocation.expires_at)
+        self.note(allocation.client)
+
+    def note(self, client: ClientAddress) -> None:
+        """Note that something of a client's allocation has changed, if somebody wants to know."""
+        if self.changed is not None:
+            self.changed[client] = None
+
+    def restore(self, allocation: Allocation, deadlines: Mapping[Channel, float]) -> bool:
+        """Enter an allocation of another process, with all that is in it.
+
+        Its port is open. Each channel ends at its deadline, in monotonic seconds. Returns False if
+        its client has another one here, or its port is not free.
+        """
+        if allocation.client in self._by_client or not self.free_ports.claim(allocation.port):
+            return False
+        self.add(allocation)
+        self.channels += len(deadlines)
+        for channel, deadline in deadlines.items():
+            self._deadlines.schedule(channel, deadline)
+            if channel.state is Binding.BOUND:
+                self._bind(channel, reaches_outside=channel.reaches_outside)
+        permissions = allocation.permissions
+        if permissions is not None:
+            self.permissions += len(permissions.expires_at)
+            self._install(permissions, list(permissions.expires_at))
+            self._schedule_permissions(permissions)
+        return True
+
+    def evict(self, client: ClientAddress) -> Allocation | None:
+        """Forget what a client has as if it had never been here; return it.
+
+        No command says so, and its port is free.
+        """
+        allocation = self._by_client.get(client)
+        if allocation is None:
+            return None
+        for channel in allocation.channels.values():
+            self._deadlines.cancel(channel)
+            self.bound -= channel.state is Binding.BOUND
+        self.channels -= len(allocation.channels)
+        if allocation.permissions is not None:
+            self._deadlines.cancel(allocation.permissions)
+            self.permissions -= len(allocation.permissions.expires_at)
+        self.sockets -= len(allocation.expires_at)
+        self._remove_from_indexes(allocation)
+        return allocation
 
     def refresh(self, allocation: Allocation, families: Iterable[Family], end: float) -> None:
         """Move the end of an allocation's *families*, in either direction."""
         for family in families:
             allocation.expires_at[family] = end
         self._deadlines.schedule(allocation, min(allocation.expires_at.values()))
+        self.note(allocation.client)
 
     def delete(self, allocation: Allocation, families: tuple[Family, ...] | None = None) -> None:
         """Free an allocation, or some of its *families*, with all channels and permissions.
@@ -245,6 +294,7 @@ class Tables:
         self.sockets -= len(families)
         for family in families:
             del allocation.expires_at[family]
+        self.note(allocation.client)
         self._commands.append(ClosePort(allocation.client, allocation.port, families, bound))
         if allocation.expires_at:
             self._deadlines.schedule(allocation, min(allocation.expires_at.values()))
@@ -270,6 +320,7 @@ class Tables:
             self._bind(channel, reaches_outside=reaches_outside)
         channel.state = NEXT[channel.state, Input.BIND]
         self._deadlines.schedule(channel, now + CHANNEL_LIFETIME)
+        self.note(channel.client)
 
     def permit(
         self, allocation: Allocation, hosts: list[str], *, reports_errors: bool, now: float
@@ -288,6 +339,7 @@ class Tables:
             permissions.report_errors = permissions.report_errors or reports_errors
             self._install(permissions, new)
         self._schedule_permissions(permissions)
+        self.note(permissions.client)
 
     def recheck_permission(self, permissions: Permissions, host: str, *, is_allowed: bool) -> None:
         """Apply changed rules to a permission, if there is still one."""
@@ -305,6 +357,10 @@ class Tables:
         self._reserved_by_user[reservation.user] += 1
         self._by_site[reservation.site] += 1
         self._deadlines.schedule(reservation, reservation.expires_at)
+
+    def all_reservations(self) -> list[Reservation]:
+        """Return every reservation."""
+        return list(self._reservations.values())
 
     def reservation(self, token: bytes) -> Reservation | None:
         """Return what is reserved under a token."""
@@ -331,6 +387,7 @@ class Tables:
         elif reaches_outside is not channel.reaches_outside:
             self._unbind(channel)
             self._bind(channel, reaches_outside=reaches_outside)
+            self.note(channel.client)
 
     def expire(self, now: float) -> None:
         """Serve the deadlines up to *now*, or a portion of them if there are many."""
@@ -357,6 +414,10 @@ class Tables:
         self.delete(allocation, ended)
 
     def _forget(self, allocation: Allocation) -> None:
+        self._remove_from_indexes(allocation)
+        self.ended.add(allocation.client, Method.ALLOCATE, allocation.transaction_id)
+
+    def _remove_from_indexes(self, allocation: Allocation) -> None:
         client, user = allocation.client, allocation.user
         self._deadlines.cancel(allocation)
         del self._by_client[client]
@@ -367,9 +428,9 @@ class Tables:
             del self._by_user[user]
         _count_down(self._by_site, site_of(client[0][0]))
         self.free_ports.give_back(allocation.port)
-        self.ended.add(client, Method.ALLOCATE, allocation.transaction_id)
 
     def _expire_channel(self, channel: Channel, now: float) -> None:
+        self.note(channel.client)
         channel.state = NEXT[channel.state, Input.EXPIRED]
         if channel.state is Binding.COOLING:
             self._unbind(channel)
@@ -400,6 +461,7 @@ class Tables:
         self._commands.append(RemovePermissions(permissions.client, permissions.port, hosts))
 
     def _forget_permissions(self, permissions: Permissions, hosts: list[str]) -> None:
+        self.note(permissions.client)
         for host in hosts:
             del permissions.expires_at[host]
         self.permissions -= len(hosts)
