@@ -5,7 +5,6 @@ many of ChannelData come together for one peer and are alike, as in a download, 
 at once, like a train of datagrams.
 """
 
-from itertools import count
 from typing import Final, Protocol
 
 from relay.datapath.clientside import LARGEST_STUN, ClientSide
@@ -58,7 +57,7 @@ class StreamSide:
         self._relay_send = by_udp.relay_send
         self._last_channel = by_udp.last_channel
         self._streams: dict[ClientAddress, Stream] = {}
-        self._numbers = count()
+        self.next_number = 0  # of a connection; no two ever have the same
 
     def reach(self, client: ClientAddress) -> ClientDestination:
         """Return how to send to a client that has a connection."""
@@ -66,12 +65,25 @@ class StreamSide:
 
     def on_connected(self, stream: Stream) -> ClientAddress | None:
         """Take a connection; return its client, or None if there may not be so many."""
-        connection = Connection(stream.transport, next(self._numbers))
+        connection = Connection(stream.transport, self.next_number)
+        self.next_number += 1
         client = ClientAddress((stream.address, connection))
         if self._clients.on_connected(client) is not None:
             return None
         self._streams[client] = stream
         return client
+
+    def adopt(self, client: ClientAddress, stream: Stream) -> None:
+        """Go on with the connection of a client of another process."""
+        self._streams[client] = stream
+
+    def knows(self, client: ClientAddress) -> bool:
+        """Tell if there is a connection of a client."""
+        return client in self._streams
+
+    def abandon(self, client: ClientAddress) -> None:
+        """Know nothing any more of a client that was adopted, and has nothing here."""
+        del self._streams[client]
 
     def on_disconnected(self, client: ClientAddress) -> None:
         """End what a client has, with its connection."""

@@ -105,9 +105,9 @@ class Overflows:
         self._is_asking = False
         self._total = 0
 
-    def watch(self, sock: socket.socket) -> None:
-        """Count those of a new socket from here on."""
-        self._counted[sock] = 0
+    def watch(self, sock: socket.socket, *, is_new: bool = True) -> None:
+        """Count those of a socket from here on."""
+        self._counted[sock] = 0 if is_new else overflows_of(sock)
         if not self._is_asking:
             self._ask_later()
 
@@ -119,6 +119,10 @@ class Overflows:
     def overflows(self) -> int:
         """Return how many there were. Safe in any thread."""
         return self._total
+
+    def add(self, overflows: int) -> None:
+        """Count some that another process has counted."""
+        self._total += overflows
 
     def _ask_later(self) -> None:
         """Go on in time, or, with nothing to watch, not at all: then the loop can sleep."""

@@ -37,17 +37,14 @@ TakeError = Callable[[Any, Icmp], None]
 class ErrorQueue:
     """The error queue of one UDP socket."""
 
-    __slots__ = ("_sock", "_take", "_too_big")
+    __slots__ = ("_sock", "_too_big", "take")
 
     def __init__(self, sock: socket.socket, take: TakeError) -> None:
         """Ask for errors; *take* gets those that are about the way of a datagram."""
         self._sock = sock
-        self._take = take
+        self.take = take
         self._too_big = _TOO_BIG[sock.family]
-        if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
-        else:
-            sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
+        report_errors(sock, wanted=True)
 
     def drain(self, to: Any = None) -> bool:  # noqa: ANN401
         """Read what is there, up to a bound; return whether there was anything.
@@ -65,7 +62,7 @@ class ErrorQueue:
                 is_local, icmp = error
                 peer = to if is_local else address
                 if peer is not None:
-                    self._take(peer[:2], icmp)
+                    self.take(peer[:2], icmp)
         return True
 
     def _error_in(self, ancillary: list[ControlMessage]) -> tuple[bool, Icmp] | None:
@@ -79,6 +76,14 @@ class ErrorQueue:
                     is_too_big = (icmp_type, code) == self._too_big
                     return False, (icmp_type, code, info if is_too_big else 0)
         return None
+
+
+def report_errors(sock: socket.socket, *, wanted: bool) -> None:
+    """Have the kernel queue errors for a UDP socket, or not: then those that are there go."""
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, wanted)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, wanted)
 
 
 _REPORTS: Final = frozenset(

@@ -6,7 +6,7 @@ wrote to, packed. Answers go out from the latter.
 
 import socket
 import struct
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -84,6 +84,24 @@ def adopt(sock: socket.socket, shared: Shared, receiver: Receiver) -> "Listening
     return _listening(sock, shared, receiver)
 
 
+def inherit(
+    sock: socket.socket,
+    per_address: Mapping[bytes, socket.socket],
+    shared: Shared,
+    receiver: Receiver,
+) -> "ListeningSocket":
+    """Listen on what another process listens on, and still reads; *per_address* of a wildcard.
+
+    :meth:`ListeningSocket.take_over` has to come before the first read. Raises OSError.
+    """
+    if sock.getsockname()[0] not in WILDCARDS:
+        return ListeningSocket(sock, shared, receiver, is_inherited=True)
+    listener = WildcardSocket(sock, shared, receiver, is_inherited=True)
+    for local, each in per_address.items():
+        listener.add(local, each, receiver, is_inherited=True)
+    return listener
+
+
 def _listening(sock: socket.socket, shared: Shared, receiver: Receiver) -> "ListeningSocket":
     host = sock.getsockname()[0]
     log_buffers(sock, LISTEN_BUFFER, f"the socket for clients on {host}")
@@ -98,10 +116,20 @@ class ListeningSocket:
     """
 
     def __init__(
-        self, sock: socket.socket, shared: Shared, receiver: Receiver, local: bytes = b""
+        self,
+        sock: socket.socket,
+        shared: Shared,
+        receiver: Receiver,
+        local: bytes = b"",
+        *,
+        is_inherited: bool = False,
     ) -> None:
-        """Own *sock*. *local* is the address of ours that all who write here mean."""
+        """Own *sock*. *local* is the address of ours that all who write here mean.
+
+        *is_inherited*: another process still reads it, see :func:`inherit`.
+        """
         self._sock = sock
+        self._is_inherited = is_inherited
         self._shared = shared
         self._segments = SegmentSender(sock, shared.offload)
         self.reader = self._make_reader(receiver, local)
@@ -124,6 +152,16 @@ class ListeningSocket:
         host = socket.inet_ntop(self._sock.family, client[1]) if client[1] else self.address[0]
         return (host, self.address[1])
 
+    @property
+    def per_address(self) -> "Mapping[bytes, ListeningSocket]":
+        """The sockets that each stand for one address of a wildcard's, packed."""
+        return {}
+
+    def take_over(self) -> None:
+        """Read what another process has read until now."""
+        for sock in self.sockets:
+            sock.reader.take_over()
+
     def look_for_marks(self) -> None:
         """Look at the next datagrams for DSCP and ECN."""
         for sock in self.sockets:
@@ -144,7 +182,9 @@ class ListeningSocket:
         return self._last_overflows if self.fileno() < 0 else overflows_of(self._sock)
 
     def _make_reader(self, receiver: Receiver, local: bytes) -> UdpReader:
-        return UdpReader(self._sock, self._shared, receiver, local=local)
+        return UdpReader(
+            self._sock, self._shared, receiver, local=local, is_inherited=self._is_inherited
+        )
 
 
 class WildcardSocket(ListeningSocket):
@@ -159,9 +199,16 @@ class WildcardSocket(ListeningSocket):
     knows through which it is reached.
     """
 
-    def __init__(self, sock: socket.socket, shared: Shared, receiver: Receiver) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        shared: Shared,
+        receiver: Receiver,
+        *,
+        is_inherited: bool = False,
+    ) -> None:
         """Own *sock*."""
-        super().__init__(sock, shared, receiver)
+        super().__init__(sock, shared, receiver, is_inherited=is_inherited)
         self._per_address: dict[bytes, ListeningSocket] = {}
         self._sources: dict[bytes, ControlMessage] = {}
         if sock.family == socket.AF_INET6:
@@ -187,11 +234,22 @@ class WildcardSocket(ListeningSocket):
             with suppress(OSError):  # such as a link-local one; the wildcard serves it as well
                 sock = bind_udp(host, port, LISTEN_BUFFER, reuse_port=True)
                 sharing.append(sock)
-                local = socket.inet_pton(family, host)
-                self._per_address[local] = ListeningSocket(sock, self._shared, receiver, local)
+                self.add(socket.inet_pton(family, host), sock, receiver)
         for sock in sharing:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-        self.sockets += self._per_address.values()
+
+    def add(
+        self, local: bytes, sock: socket.socket, receiver: Receiver, *, is_inherited: bool = False
+    ) -> None:
+        """Own a socket, too, that is bound to one address, packed."""
+        each = ListeningSocket(sock, self._shared, receiver, local, is_inherited=is_inherited)
+        self._per_address[local] = each
+        self.sockets.append(each)
+
+    @property
+    def per_address(self) -> Mapping[bytes, ListeningSocket]:
+        """The sockets that each stand for one address, packed."""
+        return self._per_address
 
     def reach(self, client: Client) -> UdpDestination:
         """Return how to send to a client, from the address that it wrote to."""
@@ -216,7 +274,11 @@ class WildcardSocket(ListeningSocket):
 
     def _make_reader(self, receiver: Receiver, _local: bytes) -> UdpReader:
         local_part = _LOCAL_PART[self._sock.family]
-        return UdpReader(self._sock, self._shared, receiver, local_part=local_part)
+        return UdpReader(
+            *(self._sock, self._shared, receiver),
+            local_part=local_part,
+            is_inherited=self._is_inherited,
+        )
 
     def _source(self, local: bytes) -> ControlMessage:
         """Return the control message that sets the source; the interface is the route's."""

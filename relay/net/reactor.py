@@ -107,6 +107,10 @@ class Reactor:
         events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if writable else 0)
         self._epoll.modify(source.fileno(), events)
 
+    def hand_to(self, source: Closable, on_readable: Handler) -> None:
+        """Call *on_readable* from here on, instead of what is called whenever *source* is."""
+        self._handlers[source.fileno()] = on_readable
+
     def retire(self, source: Closable) -> None:
         """Stop serving *source* at once, and close it after the present batch.
 

@@ -52,13 +52,16 @@ class Signals:
 
     def deliver(self) -> None:
         """Handle the signals that have come. Register this with the reactor."""
+        for number in self.take():
+            self._on_signal(number)
+
+    def take(self) -> list[int]:
+        """Return the signals that have come, unhandled; a storm of one counts as one."""
         try:
             numbers = self._reader.recv(4096)
         except BlockingIOError:
-            return
-        for number in dict.fromkeys(numbers):  # a storm of one counts as one
-            if number in self._caught:
-                self._on_signal(number)
+            return []
+        return [number for number in dict.fromkeys(numbers) if number in self._caught]
 
     def close(self) -> None:
         """Close the socketpair."""

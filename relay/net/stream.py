@@ -12,8 +12,9 @@ import logging
 import socket
 import ssl
 import struct
+from base64 import b64decode, b64encode
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum, auto
 from itertools import repeat
@@ -58,6 +59,7 @@ class End(Enum):
     ADDRESS_FULL = "address_full"  # there were too many of its address
     RATE = "rate"  # more than its network, or all together, may open
     STOPPED = "stopped"  # the relay ends
+    REPLACED = "replaced"  # another process goes on, and TLS cannot be handed to it
     BUG = "bug"
 
 
@@ -490,6 +492,66 @@ class Stream:
         if reading is not self._is_reading and self._stage is not _Stage.ENDED:
             self._is_reading = reading
             self._streams.reactor.watch(self._sock, readable=reading, writable=self._is_blocked)
+
+    # --- From one process to another ---------------------------------------------------------
+
+    @property
+    def can_move(self) -> bool:
+        """Whether another process can go on with it: not with TLS, whose keys are OpenSSL's."""
+        return self._context is None and self._stage is not _Stage.ENDED
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._sock.fileno()
+
+    def dump(self) -> dict[str, Any] | None:
+        """Return what has been begun and is not finished, for :meth:`load`; None if nothing is."""
+        waits = (self._held, self._unsent, self._answers, self._queue)
+        if self._stage is _Stage.OPEN and self._has_been_in_use and not any(waits):
+            return None
+        return {
+            "awaits_proxy": self._stage is _Stage.PROXY,
+            "has_been_in_use": self._has_been_in_use,
+            "has_messages": self._has_messages,
+            "held": self._held.hex(),
+            "unsent": bytes(self._unsent).hex(),
+            "answers": [message.hex() for message in self._answers],
+            # It may be long, so it is written in one piece.
+            "queue": b64encode(b"".join(self._queue)).decode(),
+            "sizes": [len(message) for message in self._queue],
+        }
+
+    def load(self, unfinished: Mapping[str, Any] | None) -> None:
+        """Go on with what another process has begun. Raises KeyError, TypeError or ValueError."""
+        if unfinished is None:
+            self._has_been_in_use = True
+            return
+        self._stage = _Stage.PROXY if unfinished["awaits_proxy"] else _Stage.OPEN
+        self._has_been_in_use = bool(unfinished["has_been_in_use"])
+        self._held = bytes.fromhex(unfinished["held"])
+        self._unsent = bytes.fromhex(unfinished["unsent"])
+        self._streams.queued += len(self._unsent)
+        for message in map(bytes.fromhex, unfinished["answers"]):
+            self.answer(message)
+        whole, at, messages = b64decode(unfinished["queue"]), 0, []
+        for size in unfinished["sizes"]:
+            messages.append(whole[at : at + size])
+            at += size
+        self._queue.extend(messages)
+        size = sum(map(len, messages)) + OVERHEAD * len(messages)
+        self._queue_size += size
+        self._streams.queued += size
+        self._push_soon()
+        if unfinished["has_messages"]:
+            self._has_messages = True
+            self._wait(self._streams.serve_again)
+
+    def leave(self) -> None:
+        """Have nothing to do with the connection any more: it is another process's to end."""
+        self._stage = _Stage.ENDED
+        self._streams.queued -= self._queue_size + len(self._unsent)
+        self._streams.reactor.retire(self._sock)
+        self._streams.drop(self)
 
     def close(self, why: End) -> None:
         """End the connection; what waits for the client is sent as far as that can be at once."""

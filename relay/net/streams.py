@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address, ip_network
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 from relay.net.addresses import pack, require_one_family
 from relay.net.reactor import Reactor
@@ -135,6 +135,7 @@ class Streams:
         self._listeners: list[tuple[socket.socket, str]] = []
         self._has_started = False
         self._streams: set[Stream] = set()
+        self.changes = 0  # how often one has come or gone
         self._at_site: Counter[bytes] = Counter()
         # Each until when it may be good for nothing, the first one first.
         self._newcomers: dict[Stream, float] = {}
@@ -145,10 +146,15 @@ class Streams:
         self._later: deque[Stream] = deque()
         self._slow: dict[Stream, None] = {}  # those that the kernel takes nothing for, in order
 
-    def add(self, sock: socket.socket, transport: str) -> None:
-        """Own a listening socket; clients that come through it speak *transport*."""
+    def add(self, sock: socket.socket, transport: str, *, is_inherited: bool = False) -> None:
+        """Own a listening socket; clients that come through it speak *transport*.
+
+        One that *is_inherited* stays as another process has made it.
+        """
         sock.setblocking(False)
-        for level, option, value in _OPTIONS:  # the kernel gives them to the connections, too
+        for level, option, value in (
+            () if is_inherited else _OPTIONS
+        ):  # the kernel gives them to the connections, too
             with suppress(OSError):  # another kind of TCP may lack one, and does without
                 sock.setsockopt(level, option, value)
         self._listeners.append((sock, transport))
@@ -183,13 +189,54 @@ class Streams:
         """How many there may be."""
         return self._limits.connections + len(self._listeners) * (1 + ACCEPTS_AT_ONCE)
 
+    # --- From one process to another ---------------------------------------------------------
+
+    @property
+    def listeners(self) -> list[tuple[socket.socket, str]]:
+        """The listening sockets, each with what is spoken there."""
+        return self._listeners
+
+    def movable(self) -> list[Stream]:
+        """Return the connections that another process can go on with."""
+        return [stream for stream in self._streams if stream.can_move]
+
+    def adopt(self, sock: socket.socket, address: SocketAddress, transport: str) -> Stream:
+        """Go on with a connection that another process has accepted, and still serves.
+
+        Raises OSError.
+        """
+        stream = Stream(self, sock, address, transport, None, is_proxied=False)
+        self.reactor.register(sock, stream.on_event)
+        self._streams.add(stream)
+        self.open[transport] += 1
+        self._wait_for(self._newcomers, stream)
+        return stream
+
+    def settle(self, stream: Stream, client: Any) -> None:  # noqa: ANN401
+        """Know a connection that was adopted by its client."""
+        stream.client = client
+        self._count_at_site(stream)
+
+    def leave(self) -> None:
+        """Leave all that can move to another process, and end the rest."""
+        for stream in list(self._streams):
+            if stream.can_move:
+                stream.leave()
+        self._close_all(End.REPLACED)
+
     def close(self) -> None:
         """End all connections, and listen no more."""
+        self._close_all(End.STOPPED)
+        self._stop_listening()
+
+    def _close_all(self, why: End) -> None:
         for stream in list(self._streams):
             try:
-                stream.close(End.STOPPED)
+                stream.close(why)
             except Exception:
                 logger.exception("a connection cannot be ended; this is a bug")
+
+    def _stop_listening(self) -> None:
         for sock, _ in self._listeners:
             if self._has_started:
                 self.reactor.retire(sock)
@@ -229,6 +276,7 @@ class Streams:
             return
         self.accepted[transport] += 1
         self._streams.add(stream)
+        self.changes += 1
         self.open[transport] += 1
         if not is_proxy and not stream.come_from(address):
             return
@@ -242,18 +290,27 @@ class Streams:
 
     def admit(self, stream: "Stream") -> End | None:
         """Count a connection for where it is from; return why there may not be so many."""
-        stream.site = site = pack(stream.address[0].partition("%")[0])[:_IPV6_SITE_BYTES]
-        self._at_site[site] += 1
+        site = self._count_at_site(stream)
         most = self._limits.per_address
         if most is not None and self._at_site[site] > most:
             return End.ADDRESS_FULL
         stream.client = self.receiver.on_connected(stream)
         return End.RATE if stream.client is None else None
 
+    def _count_at_site(self, stream: "Stream") -> bytes:
+        stream.site = site = pack(stream.address[0].partition("%")[0])[:_IPV6_SITE_BYTES]
+        self._at_site[site] += 1
+        return site
+
     def forget(self, stream: "Stream", why: End) -> None:
         """Have nothing to do with a connection any more."""
         logger.debug("connection from %s has ended: %s", stream.address[:2], why.value)
         self.ended[why] += 1
+        self.drop(stream)
+
+    def drop(self, stream: "Stream") -> None:
+        """Know nothing of a connection any more."""
+        self.changes += 1
         self.open[stream.transport] -= 1
         self._streams.remove(stream)
         self._newcomers.pop(stream, None)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from relay.net.buffers import BufferGiver, Overflows, log_buffers, set_buffers
-from relay.net.icmp import ErrorQueue, TakeError
+from relay.net.icmp import ErrorQueue, TakeError, report_errors
 from relay.net.offload import SEGMENT_ROOM, Offload, SegmentSender, segment_size
 from relay.net.reactor import Reactor
 from relay.net.tos import LOW_BYTE, MARKS, ROOM, CopyTos, report_tos
@@ -266,6 +266,7 @@ class UdpReader:
         "_local_at",
         "_local_part",
         "_looks",
+        "_looks_at_all",
         "_lost",
         "_next_singles",
         "_offload",
@@ -290,11 +291,13 @@ class UdpReader:
         *,
         local: bytes | None = None,
         local_part: slice | None = None,
+        is_inherited: bool = False,
     ) -> None:
         """Read *sock*, which stays the caller's.
 
         A port gives neither *local* nor *local_part*, a socket at one address its *local*, and
-        one at every address *local_part*.
+        one at every address *local_part*. One that *is_inherited* is not touched, for another
+        process still reads it; :meth:`take_over` has to come before the first read.
         """
         self._sock = sock
         self._recvfrom_into = sock.recvfrom_into
@@ -308,18 +311,30 @@ class UdpReader:
         self._until_sample = 0
         self._looks = LOOKS if self._samples_tos else 0
         self._reads_tos = shared.copy_tos != "off"
-        if self._reads_tos:
-            report_tos(sock, wanted=True)
+        self._looks_at_all = shared.copy_tos == "on"
         # How many control messages come in any case, and which of them, is the local address.
         self._usual = (local_part is not None) + self._reads_tos
         self._local_at = -2 if self._reads_tos else -1
         self._reads_control = False
-        if local_part is not None or shared.copy_tos == "on":
-            self._read_control()
         self._errors: ErrorQueue | None = None
         self._singles = 0  # how many are still to be read without looking for more
         self._next_singles = SINGLE_READS  # how many will be, once one comes alone again
+        if not is_inherited:
+            if self._reads_tos:
+                report_tos(sock, wanted=True)
+            self._begin()
         self.hand_to(receiver)
+
+    def take_over(self) -> None:
+        """Have the kernel tell what is wanted here, whatever the process before wanted to know."""
+        report_tos(self._sock, wanted=self._reads_tos)
+        if self._offload.has_gro(self._sock):
+            self.expect_segments()
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._local_part is not None or self._looks_at_all:
+            self._read_control()
 
     def hand_to(self, receiver: Receiver) -> None:
         """Have *receiver* take what is read from here on."""
@@ -476,18 +491,34 @@ class PortSocket:
         receiver: Receiver,
         reactor: Reactor,
         overflows: Overflows | None = None,
+        *,
+        is_inherited: bool = False,
     ) -> None:
-        """Own *sock*, and have *reactor* read it. *overflows* counts what finds its queue full."""
+        """Own *sock*, and have *reactor* read it. *overflows* counts what finds its queue full.
+
+        One that *is_inherited* is not touched before it has something to read.
+        """
         self._sock = sock
         self._overflows = overflows
         self._errors: ErrorQueue | None = None
         self.lost = shared.lost
         self._segments = SegmentSender(sock, shared.offload)
         self._reactor = reactor
-        self.reader = UdpReader(sock, shared, receiver)
-        reactor.register(sock, self.reader.on_readable)
+        self.reader = UdpReader(sock, shared, receiver, is_inherited=is_inherited)
+        reactor.register(sock, self._read_first if is_inherited else self.reader.on_readable)
         if overflows is not None:
-            overflows.watch(sock)
+            overflows.watch(sock, is_new=not is_inherited)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._sock.fileno()
+
+    def _read_first(self) -> bool:
+        self.reader.take_over()
+        if self._errors is None:  # else the process before may have wanted them
+            report_errors(self._sock, wanted=False)
+        self._reactor.hand_to(self._sock, self.reader.on_readable)
+        return self.reader.on_readable()
 
     def reach(self, address: SocketAddress) -> PortDestination:
         """Return how to send to *address* from here."""
@@ -508,6 +539,8 @@ class PortSocket:
         if self._errors is None:
             self._errors = ErrorQueue(self._sock, take)
             self.reader.read_errors(self._errors)
+        else:
+            self._errors.take = take
 
     def drain_errors(self, to: SocketAddress) -> bool:
         """Read ICMP errors after a failure to send *to* somebody; return whether there were any."""
@@ -542,8 +575,18 @@ class PortOpener:
         if not self._logged_buffers:  # by then privileges are dropped, so the first one tells
             self._logged_buffers = True
             log_buffers(sock, PORT_BUFFER, self._name)
+        return self._own(sock, receiver, is_inherited=False)
+
+    def adopt(self, sock: socket.socket, receiver: Receiver) -> PortSocket:
+        """Go on with a port that another process has opened, and still reads. Raises OSError."""
+        return self._own(sock, receiver, is_inherited=True)
+
+    def _own(self, sock: socket.socket, receiver: Receiver, *, is_inherited: bool) -> PortSocket:
         try:
-            return PortSocket(sock, self._shared, receiver, self._reactor, self.queues)
+            return PortSocket(
+                *(sock, self._shared, receiver, self._reactor, self.queues),
+                is_inherited=is_inherited,
+            )
         except OSError:  # epoll has a limit of its own: fs.epoll.max_user_watches
             sock.close()
             raise
