@@ -7,17 +7,18 @@ import socket
 import struct
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import astuple
 from importlib import resources
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from relay.observe.counters import NOT_ATTACHED, PACKET_SIZES, InKernel, Relayed
 from relay.stun.const import Family
 from relay.xdp import XdpError, bpf
 from relay.xdp.devices import SENDING_DRIVERS, VETH, driver_of, is_ethernet
-from relay.xdp.routes import KNOWN_FAILURES, KernelRoutes, LostControl, RouteMap
+from relay.xdp.routes import KNOWN_FAILURES, LAYOUT, KernelRoutes, LostControl, RouteMap
 
 logger = logging.getLogger("relay.xdp")
 
@@ -83,7 +84,7 @@ class KernelPath:
         self._make_routes = make_routes
         self._devices = dict.fromkeys(devices, NOT_ATTACHED)
         self._program: bpf.Program | None = None
-        self._links: list[int] = []
+        self._links: dict[str, int] = {}  # by device
         self._failures = Counter(dict.fromkeys(("not_loaded", "not_attached"), 0))
         self._last_counts = [Relayed(0, 0)] * (2 * _SIZE_CLASSES)
         self.routes: KernelRoutes | None = None  # once the program is at work
@@ -116,6 +117,58 @@ class KernelPath:
             raise XdpError("it is attached to no device")
         self.routes = self._make_routes(program.maps["routes"], on_lost_control=self._give_up)
         logger.info("xdp: the kernel relays channels at %s", ", ".join(attached))
+
+    def dump(self) -> tuple[dict[str, Any], list[int]] | None:
+        """Return what a successor needs to go on with it, and descriptors; None if it is nowhere.
+
+        The latter are those of the program, of each map and of each link.
+        """
+        program = self._program
+        if program is None or not self._links:
+            return None
+        maps = {name: list(astuple(each.definition)) for name, each in program.maps.items()}
+        links = {device: self._devices[device] for device in self._links}
+        descriptors = [program.fd, *(each.fd for each in program.maps.values())]
+        inherited = {"layout": LAYOUT, "maps": maps, "links": links}
+        return inherited, [*descriptors, *self._links.values()]
+
+    def inherit(self, inherited: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+        """Go on with what another process has attached, in the form of :meth:`dump`.
+
+        The descriptors are ours from here on. Raises XdpError if this version cannot go on with it;
+        then they are closed, and it is detached when the other process ends.
+        """
+        maps = _read_program().maps
+        theirs = {name: tuple(numbers) for name, numbers in inherited["maps"].items()}
+        ours = {name: astuple(definition) for name, definition in maps.items()}
+        if inherited["layout"] != LAYOUT or theirs != ours:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise XdpError("what is in the kernel is of another version: it takes a restart")
+        program, *others = descriptors
+        of_maps, of_links = others[: len(maps)], others[len(maps) :]
+        self._program = bpf.Program.inherited(
+            program,
+            {name: (maps[name], each) for name, each in zip(theirs, of_maps, strict=True)},
+        )
+        links: Mapping[str, str] = inherited["links"]
+        self._links = dict(zip(links, of_links, strict=True))
+        self._devices = dict.fromkeys(self._devices, NOT_ATTACHED) | dict(links)
+        self.routes = self._make_routes(self._program.maps["routes"], on_lost_control=self._give_up)
+        self.routes.hold_back()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it is attached anywhere."""
+        return bool(self._links)
+
+    def take_over(self, *, is_attached: bool, next_id: int) -> None:
+        """See to what was inherited from here on, unless the other process has detached it."""
+        if self.routes is not None:
+            if not is_attached:
+                self._detach()
+            self.routes.next_id = next_id
+            self.routes.release()
 
     def verify(self) -> None:
         """Write to a map, and take that back, with the privileges there are now.
@@ -166,7 +219,7 @@ class KernelPath:
         self._detach()
 
     def _detach(self) -> None:
-        for link in self._links:
+        for link in self._links.values():
             os.close(link)
         self._links.clear()
         self._devices = dict.fromkeys(self._devices, NOT_ATTACHED)
@@ -190,7 +243,7 @@ class KernelPath:
             modes.append("generic")
         for mode in modes:
             try:
-                self._links.append(program.attach(index, _MODES[mode]))
+                self._links[device] = program.attach(index, _MODES[mode])
             except OSError as error:
                 failure = error
             else:
@@ -232,12 +285,21 @@ def load() -> bpf.Program:
     """Load the program that is installed with this package. Raises XdpError."""
     if sys.byteorder != "little":
         raise XdpError("the program is for little-endian machines only")
+    content = _read_program()
     try:
-        return bpf.Program(bpf.read_object(resources.files("relay.xdp") / OBJECT), _NAME)
+        return bpf.Program(content, _NAME)
+    except OSError as error:
+        raise XdpError(_explained("the program cannot be loaded", error, _LOAD_HELP)) from error
+
+
+def _read_program() -> bpf.ProgramObject:
+    """Read the program that is installed with this package. Raises XdpError."""
+    try:
+        return bpf.read_object(resources.files("relay.xdp") / OBJECT)
     except bpf.ObjectError as error:
         raise XdpError(f"the program is damaged: {error}") from error
     except OSError as error:
-        raise XdpError(_explained("the program cannot be loaded", error, _LOAD_HELP)) from error
+        raise XdpError(f"the program cannot be read: {error.strerror}") from error
 
 
 def _explained(problem: str, error: OSError, helps: Mapping[int, str]) -> str:

@@ -9,7 +9,7 @@ import ctypes
 import os
 import platform
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -89,22 +89,10 @@ class ProgramObject:
 class Map:
     """A map of the kernel. Not for two threads at once, but for :meth:`lookup_all`."""
 
-    def __init__(self, name: str, definition: MapDefinition) -> None:
-        """Create it. Raises OSError."""
+    def __init__(self, name: str, definition: MapDefinition, fd: int | None = None) -> None:
+        """Create it, or own the one that there is already at descriptor *fd*. Raises OSError."""
         self.definition = definition
-        self.fd = _bpf(
-            _MAP_CREATE,
-            struct.pack(
-                "=6I16s",
-                definition.kind,
-                definition.key_size,
-                definition.value_size,
-                definition.max_entries,
-                definition.flags,
-                0,
-                name.encode()[: _NAME_SIZE - 1],
-            ).ljust(72, b"\0"),
-        )
+        self.fd = _create(name, definition) if fd is None else fd
         self._values = possible_cpus() if definition.kind == _PERCPU_ARRAY else 1
         self._key = ctypes.create_string_buffer(definition.key_size)
         self._value = ctypes.create_string_buffer(self._stride)
@@ -194,6 +182,16 @@ class Program:
             self.close()
             raise
 
+    @classmethod
+    def inherited(cls, fd: int, maps: Mapping[str, tuple[MapDefinition, int]]) -> "Program":
+        """Own a program that another process has loaded, with its maps: each with descriptor."""
+        program = cls.__new__(cls)
+        program.fd = fd
+        program.maps = {
+            name: Map(name, definition, each) for name, (definition, each) in maps.items()
+        }
+        return program
+
     def attach(self, ifindex: int, mode: int) -> int:
         """Attach it to a device, :data:`NATIVE` or :data:`GENERIC`. Raises OSError.
 
@@ -280,6 +278,20 @@ def _call(command: int, attributes: "ctypes.Array[ctypes.c_char]", size: int) ->
 
 def _address(buffer: "ctypes.Array[ctypes.c_char]") -> int:
     return ctypes.addressof(buffer)
+
+
+def _create(name: str, definition: MapDefinition) -> int:
+    attributes = struct.pack(
+        "=6I16s",
+        definition.kind,
+        definition.key_size,
+        definition.value_size,
+        definition.max_entries,
+        definition.flags,
+        0,
+        name.encode()[: _NAME_SIZE - 1],
+    )
+    return _bpf(_MAP_CREATE, attributes.ljust(72, b"\0"))
 
 
 def _load(code: bytes, license_text: bytes, name: str, *, explain: bool) -> int:

@@ -8,7 +8,6 @@ import logging
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
-from itertools import count
 from typing import Final, Protocol
 
 from relay.net.addresses import WILDCARDS, pack, source_address
@@ -35,6 +34,9 @@ _TARGET: Final = struct.Struct("!16s16sHHHBBII32x")  # behind the flow; ends wit
 _MAPPED: Final = bytes(10) + b"\xff\xff"  # of IPv4, in front
 _FROM_PEER: Final = 0  # in the place of a channel number
 _IDS: Final = 1 << 32
+
+LAYOUT: Final = 1
+"""Of the entries. Raised with each change of what they mean to the program, or to who writes."""
 
 KNOWN_FAILURES: Final = ("map_full", "no_memory", "no_source_address", "not_permitted", "other")
 """Why a channel is not in the kernel, as it is counted."""
@@ -97,8 +99,10 @@ class KernelRoutes:
         # of milliseconds whenever it grows.
         self._written: dict[ClientAddress, dict[int, bytes]] = {}
         self._count = 0  # of channels
-        self._ids = count()
+        self.next_id = 0  # of an entry; no two ever have the same
         self._is_stopped = False
+        # What is to be written once the process before writes no more; None: that is so.
+        self._held_back: dict[ClientAddress, dict[int, BindChannel]] | None = None
         self.failures: Counter[str] = Counter(dict.fromkeys(KNOWN_FAILURES, 0))
 
     def __len__(self) -> int:
@@ -108,6 +112,11 @@ class KernelRoutes:
     def bound(self, bind: BindChannel) -> None:
         """Have the kernel relay a channel from here on, both ways."""
         if self._is_stopped or connection_of(bind.client) is not None:
+            return
+        if bind.number in self._written.get(bind.client, ()):
+            return  # inherited
+        if self._held_back is not None:
+            self._held_back.setdefault(bind.client, {})[bind.number] = bind
             return
         address = bind.client[0]
         if len(address) > 2 and address[3]:
@@ -152,6 +161,35 @@ class KernelRoutes:
         """Have the kernel relay no more of many channels at once."""
         self._forget(close.client, [number for number, _ in close.channels])
 
+    def dump(self, client: ClientAddress) -> dict[str, str]:
+        """Return what is in the kernel for a client: both keys in hexadecimal, by channel."""
+        written = self._written.get(client, {})
+        return {str(number): keys.hex() for number, keys in written.items()}
+
+    def inherit(self, client: ClientAddress, written: Mapping[str, str]) -> None:
+        """Know what another process has written for a client, in the form of :meth:`dump`."""
+        if written and not self._is_stopped:
+            keys = {int(number): bytes.fromhex(both) for number, both in written.items()}
+            self._written[client] = keys
+            self._count += len(keys)
+
+    def disown(self, client: ClientAddress) -> None:
+        """Know nothing of a client any more; what is in the kernel is for another process."""
+        self._count -= len(self._written.pop(client, ()))
+        if self._held_back is not None:
+            self._held_back.pop(client, None)
+
+    def hold_back(self) -> None:
+        """Write nothing until :meth:`release`: another process does, for as long."""
+        self._held_back = {}
+
+    def release(self) -> None:
+        """Write what was held back, and from here on at once."""
+        held_back, self._held_back = self._held_back or {}, None
+        for binds in held_back.values():
+            for bind in binds.values():
+                self.bound(bind)
+
     def stop(self) -> None:
         """Write nothing more: the program is at no device any more."""
         self._is_stopped = True
@@ -171,9 +209,10 @@ class KernelRoutes:
         return host == self._public_hosts.get(family_of(host)) and port in self._relay_ports
 
     def _target(self, to: Address, source: Address, channel: int, flags: int = 0) -> bytes:
+        number, self.next_id = self.next_id, self.next_id + 1
         return _TARGET.pack(
             *(_mapped(to[0]), _mapped(source[0]), to[1], source[1], channel),
-            *(_number(to[0]), flags | self._flags, next(self._ids) % _IDS, 0),
+            *(_number(to[0]), flags | self._flags, number % _IDS, 0),
         )
 
     def _forget(self, client: ClientAddress, numbers: list[int]) -> None:
