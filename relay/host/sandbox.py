@@ -39,10 +39,9 @@ def enter(harden: str, user: str | None = None) -> "Sandbox":
     """
     name_thread(PROCESS_NAME)
     is_root = os.geteuid() == ROOT
-    wanted = identity_of(user) if is_root and (user is not None or harden != "off") else None
-    if wanted is not None and wanted.uid == ROOT:
+    wanted = _wanted(harden, user)
+    if is_root and user is not None and wanted is None:
         logger.warning("stays root, as --user says: a flaw could change what root's files are")
-        wanted = None
     if harden == "off":
         if wanted is not None:
             wanted = _become(wanted, harden, is_named=True)
@@ -74,6 +73,27 @@ def enter(harden: str, user: str | None = None) -> "Sandbox":
     ]
     _give_up(after, prctl, must_succeed=harden == "require")
     return Sandbox(harden, was_root=is_root, identity=wanted, empties_bounding_set=has_setpcap)
+
+
+def becomes_another(harden: str, user: str | None) -> bool:
+    """Tell if :func:`enter` is to make another user of this process. Raises ValueError."""
+    return _wanted(harden, user) is not None
+
+
+def _wanted(harden: str, user: str | None) -> Identity | None:
+    """Return whom this process is to become. Raises ValueError if there is no such user."""
+    if os.geteuid() != ROOT or (user is None and harden == "off"):
+        return None
+    identity = identity_of(user)
+    return None if identity.uid == ROOT else identity
+
+
+def adopt_orphans() -> None:
+    """Be the parent of all descendants whose own parent ends (PR_SET_CHILD_SUBREAPER)."""
+    try:
+        _prctl().set_child_subreaper(1)
+    except Exception as error:  # noqa: BLE001
+        logger.warning("cannot become the parent of orphans: %s", error)
 
 
 def name_thread(name: str) -> None:

@@ -33,6 +33,8 @@ class Supervision:
         self._scheduler = scheduler
         self._status_line = status_line
         self._is_ready = False
+        self.on_alone: Callable[[], None] | None = None
+        """What to do when nobody listens any more, if anything."""
 
     def start(self) -> None:
         """Begin to tell how it goes."""
@@ -61,6 +63,10 @@ class Supervision:
         """Say that the relay is about to end."""
         self._notifier.stopping()
 
+    def replaced_by(self, pid: int) -> None:
+        """Say that another process is the relay from here on."""
+        self._notifier.replaced_by(pid)
+
     def will_take(self, seconds: float) -> None:
         """Ask for so many seconds, and some more."""
         self._notifier.extend_timeout(seconds + GRACE)
@@ -73,6 +79,9 @@ class Supervision:
         if not self._is_ready:  # that the portal is away is no reason to start us anew
             self.will_take(STATUS_INTERVAL)
         self._notifier.status(self._status_line())
+        if self._notifier.is_alone and self.on_alone is not None:
+            self.on_alone()
+            return
         self._scheduler.call_later(STATUS_INTERVAL, self._tell_status)
 
     def _feed_watchdog(self) -> None:

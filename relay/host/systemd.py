@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import repeat
 from typing import Final
 
+LAST_WORD_TIMEOUT: Final = 1.0  # seconds
 FIRST_DESCRIPTOR: Final = 3  # SD_LISTEN_FDS_START
 
 
@@ -26,6 +27,7 @@ class Notifier:
         name = environment.get("NOTIFY_SOCKET", "")
         self._address = name.replace("@", "\0", 1) if name.startswith("@") else name
         self._untold = ""
+        self.is_alone = False  # nobody listens there any more
         self._socket: socket.socket | None = None
         if name.startswith(("/", "@")):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -43,6 +45,13 @@ class Notifier:
         """Say that we read our configuration anew; :meth:`ready` says that it is done."""
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._tell(f"RELOADING=1\nMONOTONIC_USEC={now}", must_arrive=True)
+
+    def replaced_by(self, pid: int) -> None:
+        """Say that another process is the service from here on. Waits a moment, if it has to."""
+        if self._socket is not None:
+            self._socket.settimeout(LAST_WORD_TIMEOUT)
+            with suppress(OSError):
+                self._socket.sendto(f"MAINPID={pid}".encode(), self._address)
 
     def stopping(self) -> None:
         """Say that we are about to end."""
@@ -73,10 +82,13 @@ class Notifier:
             self._untold = message  # and what was untold before it is no more true
         elif self._untold:
             message = f"{self._untold}\n{message}"
-        with suppress(OSError):
+        try:
             self._socket.sendto(
                 message.encode(errors="replace"), socket.MSG_DONTWAIT, self._address
             )
+        except OSError as error:
+            self.is_alone = isinstance(error, ConnectionRefusedError)
+        else:
             self._untold = ""
 
 
