@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 QUEUE_FULL: Final = "receive_queue_full"  # how datagrams count that came when a queue was full
 
@@ -51,6 +51,36 @@ class Counters:
     def lost(self, reason: str) -> None:
         """Count a datagram that the kernel did not take or give."""
         self.dropped[reason] += 1
+
+    def dump(self) -> dict[str, Any]:
+        """Return all of them as JSON can hold them, for :meth:`load`."""
+        return {
+            "by_transport": {
+                transport: [list(sizes.to_peer.items()), list(sizes.to_client.items())]
+                for transport, sizes in self.by_transport.items()
+            },
+            "batches": list(self.batches.items()),
+            "dropped": dict(self.dropped),
+            "bugs": self.bugs,
+        }
+
+    def load(self, counted: Mapping[str, Any]) -> None:
+        """Count on from where another process has stopped. Raises KeyError, TypeError, ValueError.
+
+        What this one has counted by then is added.
+        """
+        for transport, both in counted["by_transport"].items():
+            sizes = self.by_transport[transport]
+            for counts, items in zip((sizes.to_peer, sizes.to_client), both, strict=True):
+                _add(counts, items)
+        _add(self.batches, counted["batches"])
+        self.dropped.update(counted["dropped"])
+        self.bugs += counted["bugs"]
+
+
+def _add(counts: defaultdict[int, int], items: Iterable[tuple[int, int]]) -> None:
+    for key, count in items:
+        counts[key] += count
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,9 +70,11 @@ class HealthServer:
         on_start: Callable[[], None] = lambda: None,
         request_timeout: float = REQUEST_TIMEOUT,
         metrics_age: float = METRICS_AGE,
+        listening: socket.socket | None = None,
     ) -> None:
         """Listen on *host*, a literal address, and *port*. Raises OSError.
 
+        A socket that is *listening* there already is used.
         ``::`` is every address of the machine, those of IPv4 included.
         *status*, and *on_start* before anything else, are called in the thread of this
         server; :meth:`start` waits for the latter.
@@ -82,11 +84,12 @@ class HealthServer:
         _ProcessCollector(registry=registry)
         self._on_start = on_start
         self._stopping = threading.Event()
+        self._may_serve = threading.Event()
         self._is_closed = False
         self._used = 0.0  # CPU time of the thread up to its last rest
         self._pages = _Pages(status, version, make_wsgi_app(registry), metrics_age)
         self._server = _Server(
-            _listen(host, port),
+            _listen(host, port) if listening is None else listening,
             self._pages,
             self._rest,
             request_timeout,
@@ -95,10 +98,25 @@ class HealthServer:
         self._has_started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread. Raises RuntimeError if the system allows no more threads."""
+    def start(self, *, serves: bool = True) -> None:
+        """Start the thread. Raises RuntimeError if the system allows no more threads.
+
+        It *serves* at once, or once :meth:`serve` says so.
+        """
+        if serves:
+            self.serve()
         self._thread.start()
         self._has_started.wait()
+
+    def serve(self) -> None:
+        """Accept connections from here on."""
+        self._may_serve.set()
+
+    @property
+    def socket(self) -> socket.socket:
+        """The listening socket."""
+        listening: socket.socket = self._server.socket
+        return listening
 
     def stop(self) -> None:
         """End the thread and close every connection."""
@@ -106,6 +124,7 @@ class HealthServer:
             return
         self._is_closed = True
         self._stopping.set()
+        self._may_serve.set()
         self._server.pull_trigger()
         if self._thread.ident is not None:
             self._thread.join()
@@ -116,6 +135,7 @@ class HealthServer:
             self._on_start()
         finally:
             self._has_started.set()
+        self._may_serve.wait()
         try:
             while not self._stopping.is_set():
                 self._server.serve_some()

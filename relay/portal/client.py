@@ -56,8 +56,11 @@ class PortalClient:
         user_agent: str,
         post: Callable[[PortalEvent], None],
         on_start: Callable[[], None] = lambda: None,
+        has_joined: bool = False,
     ) -> None:
         """Take where the portal is, who we are, the credentials' secret, and where events go.
+
+        *has_joined*: the portal has taken this relay before, in another process.
 
         *post*, and *on_start* before anything else, are called in the portal's thread;
         :meth:`start` waits for the latter.
@@ -68,6 +71,7 @@ class PortalClient:
         self._tls = ssl.create_default_context() if portal.is_secure else None
         self._post = post
         self._on_start = on_start
+        self._has_joined = has_joined
         self._stop = Stop()
         self._stream: Stream | None = None
         self._websocket: WebSocket | None = None
@@ -104,7 +108,11 @@ class PortalClient:
         finally:
             self._has_started.set()
         phoenix = Phoenix(
-            self._secret, portal=self._portal.host, random=random.random, now=time.monotonic()
+            self._secret,
+            portal=self._portal.host,
+            random=random.random,
+            now=time.monotonic(),
+            has_joined=self._has_joined,
         )
         try:
             while phoenix.state is not State.FINISHED:

@@ -104,9 +104,15 @@ class Phoenix:
     """The conversation with one portal, over any number of connections."""
 
     def __init__(
-        self, secret: str, *, portal: str, random: Callable[[], float], now: float
+        self,
+        secret: str,
+        *,
+        portal: str,
+        random: Callable[[], float],
+        now: float,
+        has_joined: bool = False,
     ) -> None:
-        """Begin by connecting.
+        """Begin by connecting. *has_joined*: the portal has taken this relay before.
 
         *secret* is what the portal is to make credentials of, *portal* its name for messages.
         ``random()`` draws from [0, 1). *now* is in monotonic seconds, as everywhere here.
@@ -119,7 +125,7 @@ class Phoenix:
         self._retries = 0  # since the last join
         self._retry_at = inf
         self._give_up_at = now + GIVE_UP_AFTER
-        self._has_joined = False  # ever
+        self._has_joined = has_joined  # ever
         self._refused_since: float | None = None  # by each answer since then
         # Of the present connection:
         self._next_ref = 0
