@@ -8,10 +8,10 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from relay.config.model import Config, ConfigError
 from relay.datapath.clientside import NotServing
@@ -25,7 +25,7 @@ from relay.host.sandbox import name_thread
 from relay.host.supervision import Supervision
 from relay.net.addresses import pack
 from relay.net.hostaddresses import HostAddresses, Union, host_addresses
-from relay.net.listening import ListeningSocket, adopt, listen
+from relay.net.listening import ListeningSocket, adopt, inherit, listen
 from relay.net.mailbox import Mailbox
 from relay.net.offload import Offload
 from relay.net.porthosts import PortHosts
@@ -39,7 +39,7 @@ from relay.observe.monitor import Monitor
 from relay.portal.client import PortalClient
 from relay.portal.endpoint import endpoint
 from relay.portal.phoenix import PortalEvent
-from relay.stun.address import family_of, format_endpoint
+from relay.stun.address import Address, family_of, format_endpoint
 from relay.stun.const import Family
 from relay.turn.auth import Authenticator, AuthFailure
 from relay.turn.commands import (
@@ -94,6 +94,7 @@ class Parts:
     server: Server
     authenticator: Authenticator
     datapath: DataPath
+    opener: PortOpener  # of relay ports
     kernel_path: "KernelPath | None"  # None: nothing is to be relayed there
     monitor: Monitor
     supervision: Supervision
@@ -107,6 +108,13 @@ class Parts:
     max_sockets: int  # for relay ports: what the limit of open files leaves
     secret: str = field(repr=False)  # of which credentials are made
     salt: str  # for the credential that is made at start
+
+    def abandon(self) -> None:
+        """End every thread; all sockets are another process's, and close with this one."""
+        if self.portal is not None:
+            self.portal.close()
+        if self.health is not None:
+            self.health.stop()
 
     def close(self) -> None:
         """Close every socket and end every thread."""
@@ -128,29 +136,50 @@ class Parts:
         self.supervision.close()
 
 
+@dataclass(slots=True)
+class Inherited:
+    """What another process has, and this one is to go on with; until then that one uses it."""
+
+    secret: str = field(repr=False)
+    salt: str
+    nonce_key: bytes = field(repr=False)
+    clients: dict[Family, socket.socket]  # listening sockets
+    per_address: dict[Family, dict[bytes, socket.socket]]  # of these where they are wildcards
+    streams: dict[tuple[str, int], dict[Family, socket.socket]]  # by transport and port
+    http: tuple[Address, socket.socket] | None
+    in_kernel: tuple[Mapping[str, Any], list[int]] | None  # see KernelPath.dump
+    has_lost_portal: bool  # which has taken the relay, and is away
+
+
 def assemble(
     config: Config,
     on_portal_event: Callable[[PortalEvent], None],
     on_addresses: Callable[[bool], None],
+    inherited: Inherited | None = None,
 ) -> Parts:
     """Bind the listening sockets and build everything behind them.
 
-    ``on_addresses(is_any_new)`` is called when the addresses of this host have changed.
+    ``on_addresses(is_any_new)`` is called when the addresses of this host have changed. What is
+    *inherited* is used, and owned, instead of anything new; nothing is read from it yet.
     Raises DaemonError if the system refuses something, ConfigError for what systemd hands over.
     """
     counters = Counters(KNOWN_DROPS)
     reactor = Reactor(on_bug=partial(_on_bug, counters))
     mailbox: Mailbox[PortalEvent] = Mailbox(on_portal_event)
     rng = secrets.SystemRandom() if config.rng_seed is None else _seeded(config.rng_seed)
-    secret, salt = config.relay_secret or rng.randbytes(32).hex(), rng.randbytes(8).hex()
+    secret, salt, nonce_key = rng.randbytes(32).hex(), rng.randbytes(8).hex(), rng.randbytes(32)
+    if inherited is not None:
+        secret, salt, nonce_key = inherited.secret, inherited.salt, inherited.nonce_key
+    secret = config.relay_secret or secret
     descriptors = raise_descriptor_limit()
 
     offload = Offload(wanted=config.offload)
     workspace = Workspace(counters, rng.getrandbits(96))
-    handed_over = _handed_over(config)
-    listeners = _listeners(config, workspace, offload, handed_over)
+    handed_over = _handed_over(config) if inherited is None else _inherited_streams(inherited)
+    listeners = _listeners(config, workspace, offload, handed_over, inherited)
     listening = [sock for listener in listeners.values() for sock in listener.sockets]
-    streams = _streams(config, reactor, counters, handed_over, descriptors)
+    inherits = inherited is not None
+    streams = _streams(config, reactor, counters, handed_over, descriptors, inherits=inherits)
     max_sockets = descriptors - _other_descriptors(config, len(listening), streams)
     addresses = host_addresses()
     own_hosts = Union(frozenset(map(pack, config.public_hosts.values())), addresses)
@@ -158,7 +187,7 @@ def assemble(
         addresses, public=_by_number(config.public_hosts), bind=_by_number(config.bind_hosts)
     )
     peer_policy = peer_policy_of(config, own_hosts)
-    authenticator = Authenticator(config.all_users(secret), nonce_key=rng.randbytes(32))
+    authenticator = Authenticator(config.all_users(secret), nonce_key=nonce_key)
     server = Server(
         settings_of(config, max_sockets),
         authenticator=authenticator,
@@ -189,7 +218,7 @@ def assemble(
     if live is not None:
         live.on_change = partial(_on_change, port_hosts, on_addresses)
         reactor.register(live, live.on_readable)
-    kernel_path = _kernel_path(config, listeners, datapath, addresses)
+    kernel_path = _kernel_path(config, listeners, datapath, addresses, inherited)
     monitor = Monitor(
         server,
         counters,
@@ -209,6 +238,7 @@ def assemble(
         server=server,
         authenticator=authenticator,
         datapath=datapath,
+        opener=opener,
         kernel_path=kernel_path,
         monitor=monitor,
         supervision=_supervision(reactor, monitor),
@@ -216,8 +246,8 @@ def assemble(
         own_hosts=own_hosts,
         peer_policy=peer_policy,
         port_hosts=port_hosts,
-        health=_health_server(config, monitor),
-        portal=None if config.token is None else _portal_client(config, secret, mailbox),
+        health=_health_server(config, monitor, inherited),
+        portal=_portal_client(config, secret, mailbox, inherited),
         descriptors=descriptors,
         max_sockets=max_sockets,
         secret=secret,
@@ -286,20 +316,32 @@ def _handed_over(config: Config) -> dict[Place, dict[Family, socket.socket]]:
     return handed_over
 
 
+def _inherited_streams(inherited: Inherited) -> dict[Place, dict[Family, socket.socket]]:
+    """Return the sockets for connections that another process listens to, by kind and port."""
+    return {
+        (socket.SOCK_STREAM, port): by_family for (_, port), by_family in inherited.streams.items()
+    }
+
+
 def _listeners(
     config: Config,
     workspace: Workspace,
     offload: Offload,
     handed_over: dict[Place, dict[Family, socket.socket]],
+    inherited: Inherited | None,
 ) -> dict[Family, ListeningSocket]:
-    """Open a socket for the clients of each family: one that systemd hands over, or our own.
+    """Open a socket for the clients of each family: inherited, handed over by systemd, or our own.
 
     Until somebody else is to receive what they read, all of that is dropped.
     """
-    given = handed_over[socket.SOCK_DGRAM, config.listen_port]
+    given = handed_over.get((socket.SOCK_DGRAM, config.listen_port), {})
     shared = Shared(workspace.for_clients, workspace.counters.lost, offload, config.copy_tos)
     receiver = NotServing(workspace)
     listeners: dict[Family, ListeningSocket] = {}
+    if inherited is not None:
+        for family, sock in inherited.clients.items():
+            per_address = inherited.per_address.get(family, {})
+            listeners[family] = inherit(sock, per_address, shared, receiver)
     for family, sock in given.items():
         try:
             listeners[family] = adopt(sock, shared, receiver)
@@ -329,10 +371,13 @@ def _streams(
     counters: Counters,
     handed_over: dict[Place, dict[Family, socket.socket]],
     descriptors: int,
+    *,
+    inherits: bool,
 ) -> Streams | None:
     """Open sockets for connections at the addresses that UDP listens on; nobody is accepted yet."""
     ports = _stream_ports(config)
     if not ports:
+        _close_all(handed_over)
         return None
     limits = limits_of(config, descriptors)
     if config.max_connections is None and limits.connections < MAX_CONNECTIONS:
@@ -344,10 +389,10 @@ def _streams(
         )
     streams = Streams(reactor, limits, counters.lost, config.tls_identity)
     for transport, port in ports.items():
-        given = handed_over[socket.SOCK_STREAM, port]
+        given = handed_over.pop((socket.SOCK_STREAM, port), {})
         try:
             for sock in given.values():
-                streams.add(adopt_tcp(sock), transport)
+                streams.add(adopt_tcp(sock), transport, is_inherited=inherits)
         except ValueError as error:
             raise ConfigError(f"systemd has handed over {error}") from error
         for family, host in config.bind_hosts.items():
@@ -356,7 +401,16 @@ def _streams(
                     streams.add(listen_tcp(host, port), transport)
                 except OSError as error:
                     raise _cannot_listen(host, port, transport.upper(), error) from error
+    _close_all(handed_over)
     return streams
+
+
+def _close_all(unused: dict[Place, dict[Family, socket.socket]]) -> None:
+    """Close what was inherited for connections, and is not served any more."""
+    for (kind, _), by_family in unused.items():
+        if kind == socket.SOCK_STREAM:
+            for sock in by_family.values():
+                sock.close()
 
 
 def limits_of(config: Config, descriptors: int) -> Limits:
@@ -482,9 +536,17 @@ def _kernel_path(
     listeners: dict[Family, ListeningSocket],
     datapath: DataPath,
     addresses: Container[bytes],
+    inherited: Inherited | None,
 ) -> "KernelPath | None":
-    """Have the kernel relay channels, too, if that is wanted. Raises DaemonError."""
+    """Have the kernel relay channels, too, if that is wanted. Raises DaemonError.
+
+    A successor goes on with what there is: to attach something takes privileges, as a rule, and
+    what is attached must not relay what another process still sees to.
+    """
     if config.xdp is None:
+        if inherited is not None and inherited.in_kernel is not None:
+            for descriptor in inherited.in_kernel[1]:  # the last ones detach it
+                os.close(descriptor)
         return None
     try:
         # Only here: it takes ctypes, which not every Python has, or may use.
@@ -515,7 +577,12 @@ def _kernel_path(
         are_named=bool(config.xdp_devices),
     )
     try:
-        path.start(config.public_hosts)
+        if inherited is None:
+            path.start(config.public_hosts)
+        elif inherited.in_kernel is None:
+            raise XdpError("nothing is in the kernel so far, and to begin with it takes a restart")
+        else:
+            path.inherit(*inherited.in_kernel)
     except XdpError as error:
         path.close()
         leave_to_sockets(config, error)
@@ -540,8 +607,16 @@ def _supervision(reactor: Reactor, monitor: Monitor) -> Supervision:
     return Supervision(systemd.Notifier(os.environ), watchdog, reactor, monitor.line)
 
 
-def _health_server(config: Config, monitor: Monitor) -> HealthServer | None:
+def _health_server(
+    config: Config, monitor: Monitor, inherited: Inherited | None
+) -> HealthServer | None:
     address = config.http_addr
+    listening = None
+    if inherited is not None and inherited.http is not None:
+        if inherited.http[0] == address:
+            listening = inherited.http[1]
+        else:
+            inherited.http[1].close()
     if address is None:
         return None
     try:
@@ -550,6 +625,7 @@ def _health_server(config: Config, monitor: Monitor) -> HealthServer | None:
             monitor.status,
             version=__version__,
             on_start=partial(name_thread, "health"),
+            listening=listening,
         )
     except OSError as error:
         in_use = error.errno == errno.EADDRINUSE
@@ -560,8 +636,11 @@ def _health_server(config: Config, monitor: Monitor) -> HealthServer | None:
         return None
 
 
-def _portal_client(config: Config, secret: str, mailbox: Mailbox[PortalEvent]) -> PortalClient:
-    assert config.token is not None
+def _portal_client(
+    config: Config, secret: str, mailbox: Mailbox[PortalEvent], inherited: Inherited | None
+) -> PortalClient | None:
+    if config.token is None:
+        return None
     parameters = {
         "name": config.name,
         "ipv4": config.public_ip4,
@@ -576,4 +655,5 @@ def _portal_client(config: Config, secret: str, mailbox: Mailbox[PortalEvent]) -
         user_agent=f"{platform.system()}/{platform.release()} relay/{__version__}",
         post=mailbox.post,
         on_start=partial(name_thread, "portal"),
+        has_joined=inherited is not None and inherited.has_lost_portal,
     )

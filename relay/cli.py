@@ -16,10 +16,20 @@ from relay.assembly import DaemonError
 from relay.config.credentials import as_json
 from relay.config.model import Config, ConfigError
 from relay.config.options import OPTIONS
-from relay.config.reading import PROGRAM, Command, UsageError, read, reread
+from relay.config.reading import (
+    PROGRAM,
+    Command,
+    UsageError,
+    process_to_upgrade,
+    read,
+    reread,
+)
 from relay.daemon import CAUGHT, Daemon
 from relay.observe.logs import configure
 from relay.turn.users import mint, mint_rest
+from relay.upgrade.incoming import Incoming, UpgradeError
+from relay.upgrade.launch import Launcher
+from relay.upgrade.request import RequestError, ask
 
 logger = logging.getLogger("relay.cli")
 
@@ -28,23 +38,35 @@ INTERRUPTED: Final = 130  # what a shell makes of SIGINT
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    incoming = None
     try:
+        incoming = Incoming.from_environment(os.environ)
+        if incoming is not None:
+            incoming.begin()
         arguments = sys.argv[1:] if argv is None else argv
-        return _run(arguments, read(arguments, os.environ))
+        process = process_to_upgrade(arguments)
+        if process is not None:
+            print(ask(process))
+            return os.EX_OK
+        return _run(arguments, read(arguments, os.environ), incoming)
     except UsageError as error:
-        return _fail(os.EX_USAGE, f"{error} (--help lists the options)")
-    except ConfigError as error:
-        return _fail(os.EX_CONFIG, str(error))
+        return _fail(os.EX_USAGE, f"{error} (--help lists the options)", incoming)
+    except (ConfigError, UpgradeError) as error:
+        return _fail(os.EX_CONFIG, str(error), incoming)
+    except RequestError as error:
+        return _fail(os.EX_UNAVAILABLE, f"not upgraded: {error}", incoming)
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:  # stdout is full, or closed
-        return _fail(os.EX_OSERR, str(error))
+        return _fail(os.EX_OSERR, str(error), incoming)
     except Exception:
         logger.exception("stopped by a bug")
+        if incoming is not None:
+            incoming.failed("the new process is stopped by a bug, see above")
         return os.EX_SOFTWARE
 
 
-def _run(argv: Sequence[str], command: Command) -> int:
+def _run(argv: Sequence[str], command: Command, incoming: Incoming | None) -> int:
     configure(command.config.log_format, command.config.log_levels)
     if command.print_config:
         _print_config(command)
@@ -58,17 +80,29 @@ def _run(argv: Sequence[str], command: Command) -> int:
     _warn_about_secret_files(command.secret_files)
     # From here on the log tells, which waits for nobody, in the format that was asked for.
     signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)  # until they are caught
+    launcher = Launcher(os.environ)
     try:
         files = [*command.secret_files, *command.other_files]
         files += [command.file] if command.file else []
-        Daemon(command.config, partial(reread, argv, os.environ, command), files).run()
+        again = partial(reread, argv, os.environ, command)
+        daemon = Daemon(command.config, again, files, launcher, incoming)
+        daemon.run()
     except ConfigError as error:
-        logger.error("%s", error)  # noqa: TRY400
-        return os.EX_CONFIG
+        return _log_failure(os.EX_CONFIG, str(error), incoming)
+    except UpgradeError as error:
+        return _log_failure(os.EX_UNAVAILABLE, str(error), incoming)
     except DaemonError as error:
-        logger.error("%s", error)  # noqa: TRY400
-        return error.exit_code
+        return _log_failure(error.exit_code, str(error), incoming)
+    if daemon.successor is not None and launcher.is_to_stay:
+        launcher.stay(daemon.successor)
     return os.EX_OK
+
+
+def _log_failure(exit_code: int, message: str, incoming: Incoming | None) -> int:
+    """Log what is wrong; of a successor the process before it does, if it can be told."""
+    if incoming is None or not incoming.failed(message):
+        logger.error("%s", message)
+    return exit_code
 
 
 def _print_config(command: Command) -> None:
@@ -144,9 +178,11 @@ def _warn_about_secret_files(paths: Iterable[str]) -> None:
                 logger.warning("%s can be read by every user of this machine", path)
 
 
-def _fail(exit_code: int, message: str) -> int:
-    """Say on one line, whatever is in it, what is wrong."""
+def _fail(exit_code: int, message: str, incoming: Incoming | None) -> int:
+    """Say on one line, whatever is in it, what is wrong; a successor to the process before it."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    if incoming is not None and incoming.failed(line):
+        return exit_code
     try:
         print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
     except (OSError, ValueError):  # nobody can be told, but the exit code still tells

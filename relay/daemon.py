@@ -1,4 +1,4 @@
-"""The life of a relay: it starts, serves, reloads, drains and stops. Holds no protocol."""
+"""The life of a relay: it starts, serves, reloads, is upgraded, drains and stops. No protocol."""
 
 import gc
 import logging
@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Final, assert_never
 
 from relay.assembly import (
@@ -33,11 +34,19 @@ from relay.portal.phoenix import (
 )
 from relay.stun.address import format_endpoint
 from relay.turn.users import mint, mint_rest
+from relay.upgrade.incoming import Incoming, UpgradeError
+from relay.upgrade.launch import Launcher
+from relay.upgrade.outgoing import Outgoing
+from relay.upgrade.request import DONE, Requests
 from relay.xdp import XdpError
 
 logger = logging.getLogger("relay.daemon")
 
-CAUGHT: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+CAUGHT: Final = (
+    *(signal.SIGTERM, signal.SIGINT),
+    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
+)
+ECHO: Final = 1.0  # seconds in which the same signal is no second one
 DAY: Final = 24 * 3600  # seconds
 CREDENTIAL_LIFETIME: Final = DAY  # for which the one printed at start is good
 LARGEST_RSA: Final = (
@@ -65,11 +74,14 @@ class Daemon:
         config: Config,
         reread: Callable[[Config], Reloaded] | None = None,
         files: Iterable[str] = (),
+        launcher: Launcher | None = None,
+        incoming: Incoming | None = None,
     ) -> None:
-        """Bind and build what *config* asks for. Raises DaemonError, ConfigError.
+        """Bind and build what *config* asks for. Raises DaemonError, ConfigError, UpgradeError.
 
         ``reread(config)`` reads the configuration again, from *files* among others; it may raise
-        ConfigError.
+        ConfigError. *launcher* starts a successor when that is wanted. With *incoming* this process
+        is one, and goes on where another is.
         """
         try:
             require_possible(config.user)
@@ -78,29 +90,54 @@ class Daemon:
         self._config = config
         self._reread = reread
         self._files = tuple(files)
-        self._parts = assemble(config, self._on_portal_event, self._on_addresses)
+        self._launcher = launcher
+        self._incoming = incoming
+        self._outgoing: Outgoing | None = None
+        self.successor: int | None = None  # the process that goes on in place of this one
+        self._has_joined = False  # the portal
+        self._ended_by, self._ended_at = 0, 0.0  # the last signal to stop, and when it came
+        self._is_copying = self._awaits_farewell = incoming is not None
+        if launcher is not None:
+            _prepare_starter(config, launcher, incoming)
+        if incoming is not None:
+            incoming.check(config)
+        self._parts = assemble(
+            config,
+            self._on_portal_event,
+            self._on_addresses,
+            None if incoming is None else incoming.inherited,
+        )
         self.reactor = self._parts.reactor
+        self._requests = Requests(
+            self.reactor, self.upgrade, None if incoming is None else incoming.requests
+        )
         self._is_serving = self._is_draining = self._is_recheck_due = False
         self._failure: DaemonError | None = None
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT and the end of draining, then close everything.
 
-        For the main thread. Raises DaemonError if the portal ends it, or the sandbox fails.
+        Or until a :attr:`successor` serves. For the main thread. Raises DaemonError if the portal
+        ends it, or the sandbox fails; UpgradeError if the process before this one is to go on.
         """
         try:
             with Signals(CAUGHT, self._on_signal) as signals:
                 self.reactor.register(signals, signals.deliver, comes_first=True)
                 self._start()
                 self.reactor.run()
+                if self.successor is not None:
+                    self._pass_on(signals.take(), self.successor)
         except sandbox.SandboxError as error:
             raise DaemonError(os.EX_OSERR, str(error)) from error
         finally:
-            self._parts.close()
-            counters = self._parts.counters
-            logger.info("stopped; datagrams dropped: %s", listed(self._parts.monitor.dropped()))
-            if counters.bugs:
-                logger.error("%d handlers failed: these are bugs", counters.bugs)
+            self._requests.close()
+            if self._is_copying:
+                self._parts.abandon()
+            else:
+                self._parts.close()
+                self._say_goodbye()
+        if self.successor is not None and self._launcher and not self._launcher.is_to_stay:
+            self._pass_on(_pending(), self.successor)
         if self._failure is not None:
             raise self._failure
 
@@ -108,6 +145,8 @@ class Daemon:
         """Refuse new allocations and end when there are none; asked again, end at once."""
         parts, timeout = self._parts, self._config.drain_timeout
         is_second, self._is_draining = self._is_draining, True
+        if self._outgoing is not None:
+            self._outgoing.cancel("the relay is to stop")
         self._say_if_ready()
         parts.supervision.stopping()
         if is_second or not parts.server.allocations:
@@ -130,6 +169,8 @@ class Daemon:
             why = "draining" if self._is_draining else "nothing to read"
             logger.warning("not reloaded: %s", why)
             return
+        if self._outgoing is not None:
+            self._outgoing.is_to_reload = True  # it may have read the configuration before that
         self._parts.supervision.reloading()
         try:
             reloaded = self._reread(self._config)
@@ -139,6 +180,113 @@ class Daemon:
             self._go_on_with(reloaded)
         finally:
             self._parts.supervision.reloaded()
+
+    def upgrade(self) -> str | None:
+        """Start the program anew from disk, and have it go on from here; or go on as before.
+
+        Returns why there is nothing to wait for, or None.
+        """
+        why = None
+        if self._is_draining:
+            why = "draining"
+        elif self._outgoing is not None:
+            why = "an upgrade is under way"
+        if why is not None or self._launcher is None:
+            logger.warning("not upgraded: %s", why or "nothing to start")
+            return why
+        logger.info("upgrading: the program is started anew, and is to go on from here")
+        try:
+            self._outgoing = Outgoing(
+                self._config,
+                self._parts,
+                self._launcher,
+                is_serving=self._is_serving,
+                requests=self._requests.first if self._launcher.is_kept else None,
+                on_failed=self._on_upgrade_failed,
+                on_replaced=self._on_replaced,
+            )
+        except OSError as error:
+            reason = f"the program cannot be started: {error}"
+            self._on_upgrade_failed(reason)
+            return reason
+        return None
+
+    def _on_upgrade_failed(self, reason: str) -> None:
+        self._outgoing = None
+        logger.error("not upgraded, all stays as it was: %s", reason)
+        self._requests.answer(f"not {reason}")
+
+    def _on_replaced(self, successor: int) -> None:
+        """Leave: from here on nothing may be sent that the successor will send."""
+        assert self._outgoing is not None
+        assert self._launcher is not None
+        self.reactor.stop()
+        self.successor = successor
+        # What comes in from here on waits to be passed on.
+        signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
+        if not self._launcher.is_to_stay:
+            self._parts.supervision.replaced_by(successor)
+        if self._parts.streams is not None:
+            self._parts.streams.leave()
+        self._outgoing.say_farewell()
+        self._requests.answer(f"{DONE} process {successor} serves")
+
+    def _pass_on(self, numbers: Iterable[int], successor: int) -> None:
+        """Let the successor have the signals that came when nobody looked any more."""
+        assert self._launcher is not None
+        # A service manager sends those to every process of the service.
+        from_manager = () if self._launcher.is_kept else (signal.SIGTERM, signal.SIGINT)
+        for number in numbers:
+            if number not in from_manager:
+                with suppress(OSError):
+                    os.kill(successor, number)
+
+    def _say_goodbye(self) -> None:
+        counters = self._parts.counters
+        if self.successor is None:
+            logger.info("stopped; datagrams dropped: %s", listed(self._parts.monitor.dropped()))
+            if counters.bugs:
+                logger.error("%d handlers failed: these are bugs", counters.bugs)
+
+    def _take_over(self, incoming: Incoming) -> None:
+        """Go on where the other process is, as soon as all is here. Raises UpgradeError."""
+        parts = self._parts
+        if incoming.must_join_portal and parts.portal is not None:
+            incoming.wait_for_portal(parts, self._has_joined_portal)
+        incoming.copy(parts)
+        if incoming.was_serving or self._has_joined:
+            self._begin_to_serve()
+        gc.freeze()
+        incoming.serve(self._on_farewell)
+        self._is_copying = False
+        for listener in parts.listeners.values():
+            listener.take_over()
+        incoming.take_over_routes(parts)
+        signal.alarm(0)  # which was to end this process if it came to nothing
+        if incoming.is_to_reload:
+            self.reactor.call_later(0.0, self.reload)
+        # What is relayed was held against the rules and addresses of the other process.
+        self.reactor.call_later(RECHECK_DELAY, self._check_peers)
+
+    def _has_joined_portal(self) -> bool:
+        """Tell if the portal knows this process. Raises UpgradeError if it never will."""
+        if self._failure is not None:
+            raise UpgradeError(str(self._failure))
+        return self._has_joined
+
+    def _on_farewell(self) -> None:
+        """Speak for the relay: the service manager knows of this process by now."""
+        self._awaits_farewell = False
+        if self._launcher is not None and self._launcher.has_keeper:
+            self._parts.supervision.on_alone = self._on_keeper_gone
+        self._parts.supervision.start()
+        if self._is_serving:
+            self._parts.supervision.ready()
+
+    def _on_keeper_gone(self) -> None:
+        """End as well: whoever has started the relay takes it for ended."""
+        logger.error("the process that was started is gone: it drains, and ends")
+        self.stop()
 
     def _start(self) -> None:
         """Give up privileges, start the threads, and look at what they may do; then serve."""
@@ -158,21 +306,35 @@ class Daemon:
         gc.collect()
         gc.freeze()  # what there is by now stays, so it need not be looked at again
         gc.set_threshold(*GC_THRESHOLDS)
+        # Signals are for this thread only, which can then hold them back for all.
+        signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
         try:
             if parts.health is not None:
-                parts.health.start()
+                parts.health.start(serves=self._incoming is None)
             if parts.portal is not None:
                 parts.monitor.portal_connected = False
                 self._say_if_ready()
                 parts.portal.start()
         except RuntimeError as error:  # RLIMIT_NPROC, TasksMax=
             raise DaemonError(os.EX_OSERR, f"cannot start a thread: {error}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
         confined.verify()
-        if parts.kernel_path is not None:
+        if parts.kernel_path is not None and self._incoming is None:
             try:
                 parts.kernel_path.verify()
             except XdpError as error:
                 leave_to_sockets(self._config, error)
+        if self._incoming is not None:
+            self._take_over(self._incoming)
+            self._requests.start()
+            if parts.health is not None:
+                parts.health.serve()
+            self._look_at_certificate()
+            if self._is_serving:
+                self._say_where()
+            return
+        self._requests.start()
         parts.supervision.start()
         self._look_at_certificate()
         if parts.portal is None:
@@ -193,15 +355,23 @@ class Daemon:
         """Answer and relay from here on. Once is enough: the portal says init on every join."""
         if self._is_serving:
             return
+        self._begin_to_serve()
+        self._say_where()
+        if not self._awaits_farewell:
+            self._parts.supervision.ready()
+
+    def _begin_to_serve(self) -> None:
         self._is_serving = True
         self._say_if_ready()
-        listeners = self._parts.listeners.values()
-        for listener in listeners:
+        for listener in self._parts.listeners.values():
             listener.hand_to(self._parts.datapath.clients)
+        if self._parts.streams is not None:
+            self._parts.streams.start(self._parts.datapath.stream_clients)
+
+    def _say_where(self) -> None:
+        listeners, streams = self._parts.listeners.values(), self._parts.streams
         places = [format_endpoint(*one.address[:2]) for one in listeners]
-        streams = self._parts.streams
         if streams is not None:
-            streams.start(self._parts.datapath.stream_clients)
             places += [
                 f"{format_endpoint(*address)} ({transport.upper()})"
                 for transport, address in streams.addresses
@@ -212,7 +382,6 @@ class Daemon:
             self._config.lowest_port,
             self._config.highest_port,
         )
-        self._parts.supervision.ready()
 
     def _go_on_with(self, reloaded: Reloaded) -> None:
         before, config = self._config, reloaded.config
@@ -286,7 +455,9 @@ class Daemon:
         match event:
             case PortalReady():
                 monitor.portal_joined()
-                self._serve()
+                self._has_joined = True
+                if not self._is_copying:
+                    self._serve()
             case PortalLost(detail):
                 monitor.portal_connected = False
                 logger.warning("%s%s", detail, "; relaying meanwhile" if self._is_serving else "")
@@ -307,7 +478,8 @@ class Daemon:
             exit_code = os.EX_UNAVAILABLE
             logger.error("%s: it drains, and ends", detail)
         self._failure = DaemonError(exit_code, detail)
-        self.stop()
+        if not self._is_copying:
+            self.stop()
 
     def _on_signal(self, number: int) -> None:
         logger.info("caught %s", signal.Signals(number).name)
@@ -316,8 +488,23 @@ class Daemon:
                 self.reload()
             case signal.SIGUSR1:
                 logger.info("summary: %s", self._parts.monitor.summary())
+            case signal.SIGUSR2:
+                self.upgrade()
             case _:
-                self.stop()
+                self._on_end(number)
+
+    def _on_end(self, number: int) -> None:
+        """Stop, unless that is the same signal once more.
+
+        Where a keeper passes on what it gets, and whoever sends it sends it to all of us, it comes
+        twice.
+        """
+        now = self.reactor.clock()
+        is_echo = number == self._ended_by and now - self._ended_at < ECHO
+        self._ended_by, self._ended_at = number, now
+        has_keeper = self._launcher is not None and self._launcher.has_keeper
+        if not (is_echo and has_keeper):
+            self.stop()
 
     def _print_credential(self) -> None:
         """Print how to use this relay: for people, or, as the log is for machines, as JSON."""
@@ -333,3 +520,22 @@ class Daemon:
         if not logs.write(sys.stdout, write(config.urls, username, password, expiry)):
             # Nobody reads it, which is no reason not to serve.
             logger.warning("cannot print the credential: standard output takes nothing")
+
+
+def _pending() -> list[int]:
+    """Return the signals that are blocked and have come."""
+    numbers = []
+    while (info := signal.sigtimedwait(CAUGHT, 0)) is not None:
+        numbers.append(info.si_signo)
+    return numbers
+
+
+def _prepare_starter(config: Config, launcher: Launcher, incoming: Incoming | None) -> None:
+    """See to it that a successor can be started as root, if this process is that for now."""
+    if incoming is not None and incoming.starter is not None:
+        launcher.use(incoming.starter)
+    elif sandbox.becomes_another(config.harden, config.user):
+        try:
+            launcher.stay_root_elsewhere()
+        except OSError as error:
+            raise DaemonError(os.EX_OSERR, f"cannot fork: {error.strerror}") from error

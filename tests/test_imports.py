@@ -15,12 +15,14 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
     "relay.__main__": ("relay.cli",),
     "relay.cli": (
         "relay.daemon",
+        "relay.upgrade",
         "relay.assembly",
         "relay.config",
         "relay.observe.logs",
         "relay.turn.users",
     ),
     "relay.daemon": (
+        "relay.upgrade",
         "relay.assembly",
         "relay.config",
         "relay.host",
@@ -30,6 +32,18 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.xdp",
         "relay.turn.users",
         "relay.stun.address",
+    ),
+    "relay.upgrade": (
+        "relay.assembly",
+        "relay.config.model",
+        "relay.datapath",
+        "relay.host",
+        "relay.net.reactor",
+        "relay.net.stream",
+        "relay.net.udp",
+        "relay.turn",
+        "relay.stun",
+        "relay.version",
     ),
     "relay.assembly": (
         "relay.config.model",

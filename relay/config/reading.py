@@ -50,6 +50,17 @@ def read(argv: Sequence[str], environment: Mapping[str, str]) -> Command:
     return _read(argv, environment, _Reader(again=False))
 
 
+def process_to_upgrade(argv: Sequence[str]) -> int | None:
+    """Return which process is to be upgraded, if that is what is asked for. Raises UsageError.
+
+    No option counts beside that, and none is read: the process has its own.
+    """
+    process: int | None = build_parser().parse_args(list(argv), env_vars={}).upgrade
+    if process is not None and len(" ".join(argv).replace("=", " ").split()) > 2:
+        raise UsageError("--upgrade takes no other option: the running relay reads its own")
+    return process
+
+
 def _read(argv: Sequence[str], environment: Mapping[str, str], reader: "_Reader") -> Command:
     parser = build_parser()
     given = parser.parse_args(list(argv), env_vars={})  # --help ends here, before files are read
@@ -409,6 +420,13 @@ def build_parser() -> _Parser:
     )
     other = parser.add_argument_group("Other")
     other.add_argument(
+        "--upgrade",
+        type=_process,
+        metavar="PID",
+        help="have the running relay PID start its program anew, which goes on with all that it "
+        "has, and wait until it does; like SIGUSR2, but it tells what comes of it",
+    )
+    other.add_argument(
         "--version",
         action="version",
         version=f"{PROGRAM} {__version__}",
@@ -423,6 +441,12 @@ def _credential_user(text: str) -> str:
         return parsing.credential_user(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _process(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a process")
+    return int(text)
 
 
 def _seconds(text: str) -> int:
