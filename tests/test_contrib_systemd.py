@@ -11,7 +11,7 @@ import pytest
 
 from relay.assembly import HTTP_DESCRIPTORS, MAX_CONNECTIONS, SPARE_DESCRIPTORS
 from relay.config.options import DEFAULT_FILE, OPTIONS
-from relay.config.reading import read
+from relay.config.reading import process_to_upgrade, read
 from relay.host.inherited import ACTIVATED
 from relay.net.listening import LISTEN_BUFFER
 from relay.xdp.attach import FORWARDING, PRIVILEGES
@@ -23,6 +23,7 @@ SERVICE = SYSTEMD / "firezone-relay.service"
 SOCKET = SYSTEMD / "firezone-relay.socket"
 XDP = SYSTEMD / "xdp.conf"
 TLS = SYSTEMD / "tls.conf"
+UPGRADE = SYSTEMD / "upgrade.conf"
 STREAMS = SYSTEMD / "firezone-relay-streams.socket"
 DEPLOY_HOOK = ROOT / "contrib/certbot/deploy-hook"
 SYSCTL = SYSTEMD / "firezone-relay.sysctl.conf"
@@ -48,8 +49,7 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     """In copies that start a program which is on this machine."""
     shutil.copy(SOCKET, tmp_path)
     shutil.copy(STREAMS, tmp_path)
-    text = SERVICE.read_text().replace("/opt/firezone-relay/bin/firezone-relay", "/bin/true")
-    (tmp_path / SERVICE.name).write_text(text)
+    (tmp_path / SERVICE.name).write_text(with_a_program(SERVICE))
     complaints = output_of(
         "systemd-analyze", "verify", *map(str, sorted(tmp_path.iterdir()))
     ).splitlines()
@@ -57,14 +57,26 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     assert [line for line in complaints if "firezone-relay" in line] == []
 
 
+def with_a_program(unit: Path) -> str:
+    """Return what is in a unit, with a program that is on this machine."""
+    return unit.read_text().replace("/opt/firezone-relay/bin/firezone-relay", "/bin/true")
+
+
+def test_drop_in_for_upgrades_asks_for_one() -> None:
+    reset, command = settings(UPGRADE)["ExecReload"]
+    assert reset == ""
+    program, *arguments = command.replace("$MAINPID", "4711").split()
+    assert settings(SERVICE)["ExecStart"] == [program]
+    assert process_to_upgrade(arguments) == 4711
+
+
 @needs_systemd
-@pytest.mark.parametrize("drop_in", [XDP, TLS], ids=["xdp", "tls"])
+@pytest.mark.parametrize("drop_in", [XDP, TLS, UPGRADE], ids=["xdp", "tls", "upgrade"])
 def test_systemd_finds_nothing_wrong_with_a_drop_in(tmp_path: Path, drop_in: Path) -> None:
-    text = SERVICE.read_text().replace("/opt/firezone-relay/bin/firezone-relay", "/bin/true")
-    (tmp_path / SERVICE.name).write_text(text)
+    (tmp_path / SERVICE.name).write_text(with_a_program(SERVICE))
     folder = tmp_path / f"{SERVICE.name}.d"
     folder.mkdir()
-    shutil.copy(drop_in, folder)
+    (folder / drop_in.name).write_text(with_a_program(drop_in))
     complaints = output_of("systemd-analyze", "verify", str(tmp_path / SERVICE.name)).splitlines()
     assert [line for line in complaints if "firezone-relay" in line] == []
 

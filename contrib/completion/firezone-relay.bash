@@ -51,7 +51,7 @@ _firezone_relay() {
             --unauthenticated-rate --unauthenticated-rate-per-prefix --log-format --log-level
             --http-addr --harden --user --drain-timeout --channel-range --offload --copy-tos
             --xdp --xdp-device --software --rng-seed -c --config --check-config --print-config
-            --version -h --help'
+            --upgrade --version -h --help'
             ;;
     esac
     mapfile -t COMPREPLY < <(compgen -P "$before" -W "$words" -- "$word")
