@@ -834,6 +834,30 @@ def test_process_1_of_a_container_stays() -> None:
         assert relay.wait() == 0
 
 
+def test_process_1_speaks_for_the_one_that_serves() -> None:
+    """To a service manager outside of the container, as with podman's --sdnotify=container."""
+    needs_programs("unshare")
+    if os.geteuid() != 0:
+        pytest.skip("it takes root to make a PID namespace")
+    prefix = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    with (
+        Manager(f"relay-test-{secrets.token_hex(8)}") as manager,
+        RelayProcess(port=free_port(), prefix=prefix, variables=manager.variables) as relay,
+    ):
+        manager.hears("READY=1")
+        children = Path(f"/proc/{relay.pid}/task/{relay.pid}/children").read_text().split()
+        (first,) = map(int, children)
+        before = relay.lines
+        os.kill(first, signal.SIGUSR2)
+        replaced(relay, before)
+        manager.heard.clear()
+        manager.hears("READY=1")
+        os.kill(first, signal.SIGTERM)
+        assert relay.wait() == 0
+        manager.hears("STOPPING=1")
+        assert not any(message.startswith("MAINPID=") for message in manager.heard)
+
+
 def test_a_variable_that_only_a_relay_sets_is_no_socket() -> None:
     asked = subprocess.run(
         [sys.executable, "-m", "relay"],

@@ -26,9 +26,14 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group
 class Keeper:
     """Follows the process that serves."""
 
-    def __init__(self, notifications: socket.socket, main: int) -> None:
-        """Listen to *notifications*; *main* is the process that serves now, a child of ours."""
+    def __init__(self, notifications: socket.socket, main: int, manager: str = "") -> None:
+        """Listen to *notifications*; *main* is the process that serves now, a child of ours.
+
+        What it says goes on to the *manager* that there is outside of a container, if there is one:
+        the value of its ``NOTIFY_SOCKET``. To that, this process is the one that serves.
+        """
         self.main = main
+        self._manager = manager.replace("@", "\0", 1) if manager.startswith("@") else manager
         self._notifications = notifications
         notifications.setblocking(False)
         notifications.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -70,10 +75,14 @@ class Keeper:
                 for level, kind, data in ancillary
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
             ]
-            for line in message.split(b"\n"):
-                name, _, value = line.partition(b"=")
-                if senders == [self.main] and name == b"MAINPID" and value.isdigit():
-                    self.main = int(value)
+            if senders != [self.main]:
+                continue
+            name, _, value = message.partition(b"=")
+            if name == b"MAINPID" and value.isdigit():
+                self.main = int(value)
+            elif self._manager:
+                with suppress(OSError):
+                    self._notifications.sendto(message, self._manager)
 
     def _reap(self) -> int | None:
         """Bury children that have ended; return how the one that serves has, if it has."""
@@ -103,12 +112,12 @@ def end_like(status: int) -> None:
     os._exit(os.waitstatus_to_exitcode(status))
 
 
-def keep(descriptor: int, main: int) -> None:
+def keep(descriptor: int, main: int, manager: str) -> None:
     """Keep the process until its relay ends, and end likewise. Does not return."""
     with suppress(OSError), open("/proc/self/comm", "w") as name:  # noqa: PTH123
         name.write(NAME)
-    end_like(Keeper(socket.socket(fileno=descriptor), main).run())
+    end_like(Keeper(socket.socket(fileno=descriptor), main, manager).run())
 
 
 if __name__ == "__main__":
-    keep(int(sys.argv[-2]), int(sys.argv[-1]))
+    keep(int(sys.argv[-3]), int(sys.argv[-2]), sys.argv[-1])

@@ -105,20 +105,21 @@ class Launcher:
         assert self._notifications is not None
         descriptor = self._notifications.fileno()
         os.set_inheritable(descriptor, True)
+        manager = self._environment.get("NOTIFY_SOCKET", "")  # outside of a container
         if not self._keeper:
-            keeper.keep(descriptor, main)
+            keeper.keep(descriptor, main, manager)
         program = os.memfd_create("relay-keeper", 0)
         os.write(program, self._keeper)
         # Python itself may need the one; of secrets it is to have none.
         kept = {name: self._environment[name] for name in _KEPT if name in self._environment}
-        arguments = ["-I", "-S", f"/proc/self/fd/{program}", str(descriptor), str(main)]
+        arguments = ["-I", "-S", f"/proc/self/fd/{program}", str(descriptor), str(main), manager]
         for python in (sys.executable, getattr(sys, "_base_executable", sys.executable)):
             try:
                 os.execve(python, [python, *arguments], kept)  # noqa: S606
             except OSError:
                 continue  # it is where this user may not look
         name_thread(keeper.NAME)
-        keeper.keep(descriptor, main)
+        keeper.keep(descriptor, main, manager)
         raise AssertionError("it never comes back")
 
     def _notify_socket(self) -> str:
