@@ -97,10 +97,11 @@ class Daemon:
         self._has_joined = False  # the portal
         self._ended_by, self._ended_at = 0, 0.0  # the last signal to stop, and when it came
         self._is_copying = self._awaits_farewell = incoming is not None
+        self._uid = sandbox.user_wanted(config.harden, config.user)
         if launcher is not None:
             _prepare_starter(config, launcher, incoming)
         if incoming is not None:
-            incoming.check(config)
+            incoming.check(config, self._uid)
         self._parts = assemble(
             config,
             self._on_portal_event,
@@ -134,6 +135,8 @@ class Daemon:
             if self._is_copying:
                 self._parts.abandon()
             else:
+                if self.successor is not None and self._parts.health is not None:
+                    self._parts.health.leave()
                 self._parts.close()
                 self._say_goodbye()
         if self.successor is not None and self._launcher and not self._launcher.is_to_stay:
@@ -200,6 +203,7 @@ class Daemon:
                 self._config,
                 self._parts,
                 self._launcher,
+                uid=self._uid,
                 is_serving=self._is_serving,
                 requests=self._requests.first if self._launcher.is_kept else None,
                 on_failed=self._on_upgrade_failed,

@@ -138,7 +138,9 @@ def test_certbots_hook_copies_what_was_renewed(tmp_path: Path) -> None:
         "privkey.pem": "key",
     }
     assert {path.stat().st_mode & 0o777 for path in to.iterdir()} == {0o640}
-    assert (tmp_path / "told").read_text() == f"try-reload-or-restart {SERVICE.name}\n"
+    assert (tmp_path / "told").read_text() == (
+        f"is-active --quiet {SERVICE.name}\nkill --signal=HUP --kill-whom=main {SERVICE.name}\n"
+    )
 
     (lineage / "privkey.pem").write_text("another one's")
     environment["FIREZONE_RELAY_NAME"] = "other.example.org"

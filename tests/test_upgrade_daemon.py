@@ -716,6 +716,21 @@ def test_the_command_tells_what_is_wrong(changeable: RelayProcess, first: Path) 
     assert "firezone-relay: not upgraded: the new process has ended before" in asked.stderr
 
 
+def test_one_that_would_die_of_the_signal_is_not_asked() -> None:
+    """As a relay of a version before there were upgrades."""
+    script = "open('/proc/self/comm', 'w').write('firezone-relay'); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        asked = upgrade_command(process.pid)
+        assert asked.returncode == 69
+        assert "does not catch SIGUSR2" in asked.stderr
+        process.communicate(b"\n")
+    assert process.returncode == 0
+
+
 def test_only_a_relay_is_asked() -> None:
     asked = upgrade_command(os.getpid())
     assert asked.returncode == 69
@@ -934,6 +949,30 @@ def test_a_portal_that_refuses_the_new_one_costs_nothing(portal: FakePortal) -> 
             alice.refreshes(600)
             alice.refreshes(0)
             assert not portal.is_left
+
+
+def test_a_new_portal_has_to_take_the_relay_first(portal: FakePortal, tmp_path: Path) -> None:
+    token, file = tmp_path / "token", tmp_path / "relay.conf"
+    token.write_text("a-token")
+    with client_and_relay(file, "") as (relay, alice):
+        portal.refuses(401, body="nobody knows you")
+        before = relay.lines
+        file.write_text(f"token-file = {token}\napi-url = {portal.url}\n")
+        relay.signals(signal.SIGUSR2)
+        assert "401 nobody knows you" in relay.logs("not upgraded, all stays", after=before)
+        alice.refreshes(600)
+
+
+def test_another_user_takes_a_restart(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    file = tmp_path / "relay.conf"
+    with client_and_relay(file, "") as (relay, alice):
+        before = relay.lines
+        file.write_text("user = daemon\n")
+        relay.signals(signal.SIGUSR2)
+        assert "that takes a restart" in relay.logs("not upgraded, all stays", after=before)
+        alice.refreshes(600)
 
 
 def test_while_the_portal_is_away_it_is_not_waited_for(portal: FakePortal) -> None:

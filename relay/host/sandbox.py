@@ -80,6 +80,12 @@ def becomes_another(harden: str, user: str | None) -> bool:
     return _wanted(harden, user) is not None
 
 
+def user_wanted(harden: str, user: str | None) -> int:
+    """Return the uid that :func:`enter` is to leave this process with. Raises ValueError."""
+    identity = _wanted(harden, user)
+    return os.geteuid() if identity is None else identity.uid
+
+
 def _wanted(harden: str, user: str | None) -> Identity | None:
     """Return whom this process is to become. Raises ValueError if there is no such user."""
     if os.geteuid() != ROOT or (user is None and harden == "off"):

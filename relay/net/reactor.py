@@ -117,6 +117,13 @@ class Reactor:
         Until then its descriptor cannot be given to a new socket, which would inherit
         the events of the old one.
         """
+        self.leave(source)
+        if not self._retired:
+            self.call_at_end(self.close_retired)
+        self._retired.append(source)
+
+    def leave(self, source: Closable) -> None:
+        """Stop serving *source* at once; it stays open."""
         fd = source.fileno()
         del self._handlers[fd]
         # Not left to its closing: epoll would keep it if another process has the socket, too.
@@ -124,9 +131,6 @@ class Reactor:
         if fd in self._first:
             self._poll_of_first.unregister(fd)
             self._first.remove(fd)
-        if not self._retired:
-            self.call_at_end(self.close_retired)
-        self._retired.append(source)
 
     def close_retired(self) -> None:
         """Close the retired sockets. Done after each batch; sooner if their ports are wanted."""

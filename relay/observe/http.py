@@ -45,6 +45,7 @@ METRICS_AGE: Final = 1.0  # seconds for which /metrics says the same, at least
 MAX_CONNECTIONS: Final = 256
 BACKLOG: Final = 512  # connections that wait to be accepted
 ACCEPTS_AT_ONCE: Final = 16
+LEAVE_TIMEOUT: Final = 1.0  # seconds
 REQUEST_TIMEOUT: Final = 10.0  # seconds from the accept to the last byte of the answer
 LARGEST_HEADER: Final = 4096  # bytes
 LARGEST_BODY: Final = 1024  # bytes; nobody looks at it
@@ -85,6 +86,7 @@ class HealthServer:
         self._on_start = on_start
         self._stopping = threading.Event()
         self._may_serve = threading.Event()
+        self._is_leaving = False
         self._is_closed = False
         self._used = 0.0  # CPU time of the thread up to its last rest
         self._pages = _Pages(status, version, make_wsgi_app(registry), metrics_age)
@@ -112,6 +114,16 @@ class HealthServer:
         """Accept connections from here on."""
         self._may_serve.set()
 
+    def leave(self) -> None:
+        """Answer those who are connected, and leave who comes from here on to another process.
+
+        Takes a moment at most.
+        """
+        self._is_leaving = True
+        self._server.pull_trigger()
+        if self._thread.ident is not None:
+            self._thread.join(LEAVE_TIMEOUT)
+
     @property
     def socket(self) -> socket.socket:
         """The listening socket."""
@@ -138,6 +150,8 @@ class HealthServer:
         self._may_serve.wait()
         try:
             while not self._stopping.is_set():
+                if self._is_leaving and self._server.has_left():
+                    break
                 self._server.serve_some()
                 self._rest()
         except Exception:
@@ -281,6 +295,7 @@ class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         request_timeout: float,
     ) -> None:
         self.rest = rest
+        self._listening = sock
         self.request_timeout = request_timeout
         self.channel_class = _Connection
         self._probes: deque[_Connection] = deque()  # with a complete request
@@ -316,6 +331,11 @@ class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
             if self.rest():
                 break
 
+    def has_left(self) -> bool:
+        """Accept nobody any more; return whether nobody is left who was."""
+        self._map.pop(self._fileno, None)
+        return not self.active_channels
+
     def add_task(self, connection: "_Connection") -> None:
         """Queue a connection with a complete request. Called by waitress."""
         request = connection.requests[0]
@@ -348,6 +368,7 @@ class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
         for connection in list(self.active_channels.values()):
             connection.handle_close()
         wasyncore.close_all(self._map)
+        self._listening.close()  # which may have been left
 
 
 class _Parser(HTTPRequestParser):  # type: ignore[misc]

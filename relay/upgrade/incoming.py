@@ -42,6 +42,7 @@ class _Running:
     """What the running process says of itself."""
 
     version: str
+    uid: int  # as which it serves
     is_serving: bool
     portal: bool | None  # whether it is connected; None: there is none
     hosts: dict[str, dict[Family, str]]  # public ones, and those that it listens at
@@ -102,9 +103,16 @@ class Incoming:
             raise UpgradeError(f"the running process says what cannot be read: {error}") from error
         self._channel.wait_at_most(None)
 
-    def check(self, config: Config) -> None:
-        """Raise UpgradeError if *config* is for another relay than the one that runs."""
+    def check(self, config: Config, uid: int) -> None:
+        """Raise UpgradeError if *config* is for another relay than the one that runs.
+
+        *uid* is as which this process is to serve.
+        """
         running = self._known
+        if uid != running.uid:  # to which a keeper, of the user before, could pass on no signal
+            raise UpgradeError(
+                f"the relay runs as uid {running.uid}, and would run as {uid}: that takes a restart"
+            )
         for kind, before, now in (
             ("public", running.hosts["public"], config.public_hosts),
             ("listening", running.hosts["bind"], config.bind_hosts),
@@ -152,8 +160,11 @@ class Incoming:
 
     @property
     def must_join_portal(self) -> bool:
-        """Whether to take over only once the portal has been joined from here, too."""
-        return self._known.portal is True
+        """Whether to take over only once the portal has been joined from here, too.
+
+        Not if it is away. Where there was none, so far, it has to take the relay first.
+        """
+        return self._known.portal is not False
 
     @property
     def _known(self) -> _Running:
@@ -367,6 +378,7 @@ def _read_begin(message: Message) -> _Running:
         inherited.in_kernel = (body["in_kernel"], list(descriptors))
     return _Running(
         version=str(body["version"]),
+        uid=int(body["uid"]),
         is_serving=bool(body["is_serving"]),
         portal=body["portal"],
         hosts={

@@ -68,6 +68,7 @@ class Outgoing:
         parts: Parts,
         launcher: Launcher,
         *,
+        uid: int,
         is_serving: bool,
         requests: socket.socket | None,
         on_failed: Callable[[str], None],
@@ -81,6 +82,7 @@ class Outgoing:
         self._config = config
         self._parts = parts
         self._launcher = launcher
+        self._uid = uid
         self._is_serving = is_serving
         self._requests = requests
         self._on_failed = on_failed
@@ -190,6 +192,7 @@ class Outgoing:
                 "format": FORMAT,
                 "version": __version__,
                 "pid": os.getpid(),
+                "uid": self._uid,
                 "secret": parts.secret,
                 "salt": parts.salt,
                 "nonce_key": parts.authenticator.nonce_key.hex(),

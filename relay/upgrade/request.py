@@ -17,6 +17,7 @@ from typing import Final
 
 from relay.net.reactor import Reactor
 
+REQUEST: Final = b"upgrade"
 DONE: Final = "done"
 TIME_LIMIT: Final = 330.0  # seconds to wait for the answer: more than an upgrade may take
 MOST_WAITING: Final = 8  # who have asked and wait
@@ -43,9 +44,10 @@ def ask(pid: int) -> str:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(TIME_LIMIT)
         try:
-            sock.connect(name_of(pid))  # which asks
+            sock.connect(name_of(pid))
             if _CREDENTIALS.unpack(_credentials(sock))[0] != pid:
                 return _signal(pid)  # somebody else has taken its name
+            sock.send(REQUEST)
             answer = sock.recv(_LONGEST_ANSWER).decode(errors="replace")
         except ConnectionRefusedError:
             return _signal(pid)
@@ -62,11 +64,18 @@ def ask(pid: int) -> str:
 def _signal(pid: int) -> str:
     """Ask by a signal where nobody listens, perhaps only not in this network namespace."""
     try:
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         raise RequestError(f"there is no process {pid}") from None
+    fields = dict(line.partition(":\t")[::2] for line in status.splitlines())
+    name = fields["Name"]
     if name not in _NAMES:
         raise RequestError(f"process {pid} is {name}, not a relay")
+    if not int(fields["SigCgt"], 16) & 1 << signal.SIGUSR2 - 1:
+        raise RequestError(
+            f"process {pid} does not catch SIGUSR2: it has just been started, or its version "
+            "knows nothing of upgrades"
+        )
     try:
         os.kill(pid, signal.SIGUSR2)
     except OSError as error:
@@ -91,6 +100,7 @@ class Requests:
         self._on_request = on_request
         self._listening = [] if inherited is None else [inherited]
         self._waiting: list[socket.socket] = []
+        self._silent: list[socket.socket] = []  # who has connected, and not asked yet
 
     @property
     def first(self) -> socket.socket | None:
@@ -120,9 +130,10 @@ class Requests:
 
     def close(self) -> None:
         """Listen no more."""
-        for sock in (*self._waiting, *self._listening):
+        for sock in (*self._waiting, *self._silent, *self._listening):
             sock.close()
         self._waiting.clear()
+        self._silent.clear()
         self._listening.clear()
 
     def _accept(self, listening: socket.socket) -> None:
@@ -135,6 +146,26 @@ class Requests:
             sock.close()
             return
         sock.setblocking(False)
+        if len(self._silent) >= MOST_WAITING:
+            self._forget(self._silent[0])
+        self._silent.append(sock)
+        self._reactor.register(sock, partial(self._hear, sock))
+
+    def _forget(self, sock: socket.socket) -> None:
+        self._silent.remove(sock)
+        self._reactor.retire(sock)
+
+    def _hear(self, sock: socket.socket) -> None:
+        """Take the request of somebody who has connected."""
+        try:
+            has_asked = sock.recv(len(REQUEST)) == REQUEST
+        except OSError:
+            has_asked = False
+        if not has_asked:
+            self._forget(sock)
+            return
+        self._silent.remove(sock)
+        self._reactor.leave(sock)
         refusal = self._on_request()
         if refusal is None:
             self._waiting.append(sock)
