@@ -183,8 +183,7 @@ class Incoming:
             left = deadline - parts.reactor.clock()
             if left <= 0:
                 raise UpgradeError(
-                    f"the portal, which the running process has joined, has not let this one in "
-                    f"within {PORTAL_TIMEOUT:.0f} s"
+                    f"the portal has not let the new process in within {PORTAL_TIMEOUT:.0f} s"
                 )
             for descriptor, _ in poll.poll(left * 1000):
                 if descriptor == self._channel.fileno():
