@@ -145,7 +145,7 @@ class Inherited:
     nonce_key: bytes = field(repr=False)
     clients: dict[Family, socket.socket]  # listening sockets
     per_address: dict[Family, dict[bytes, socket.socket]]  # of these where they are wildcards
-    streams: dict[tuple[str, int], dict[Family, socket.socket]]  # by transport and port
+    streams: dict[Place, dict[Family, socket.socket]]  # those for connections
     http: tuple[Address, socket.socket] | None
     in_kernel: tuple[Mapping[str, Any], list[int]] | None  # see KernelPath.dump
     has_lost_portal: bool  # which has taken the relay, and is away
@@ -175,7 +175,7 @@ def assemble(
 
     offload = Offload(wanted=config.offload)
     workspace = Workspace(counters, rng.getrandbits(96))
-    handed_over = _handed_over(config) if inherited is None else _inherited_streams(inherited)
+    handed_over = _handed_over(config) if inherited is None else inherited.streams
     listeners = _listeners(config, workspace, offload, handed_over, inherited)
     listening = [sock for listener in listeners.values() for sock in listener.sockets]
     inherits = inherited is not None
@@ -314,13 +314,6 @@ def _handed_over(config: Config) -> dict[Place, dict[Family, socket.socket]]:
             logger.info("not listening for %s: there is no public address of it", family.name)
             by_family.pop(family).close()
     return handed_over
-
-
-def _inherited_streams(inherited: Inherited) -> dict[Place, dict[Family, socket.socket]]:
-    """Return the sockets for connections that another process listens to, by kind and port."""
-    return {
-        (socket.SOCK_STREAM, port): by_family for (_, port), by_family in inherited.streams.items()
-    }
 
 
 def _listeners(

@@ -22,6 +22,7 @@ from relay.config.credentials import as_json, as_text
 from relay.config.model import Config, ConfigError, Reloaded
 from relay.host import sandbox
 from relay.host.identity import require_possible
+from relay.host.keeper import PASSED_ON
 from relay.net.signals import Signals
 from relay.observe import logs
 from relay.observe.monitor import listed
@@ -42,10 +43,7 @@ from relay.xdp import XdpError
 
 logger = logging.getLogger("relay.daemon")
 
-CAUGHT: Final = (
-    *(signal.SIGTERM, signal.SIGINT),
-    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
-)
+CAUGHT: Final = PASSED_ON  # what the process that was started passes on, if that is another
 ECHO: Final = 1.0  # seconds in which the same signal is no second one
 DAY: Final = 24 * 3600  # seconds
 CREDENTIAL_LIFETIME: Final = DAY  # for which the one printed at start is good
@@ -99,7 +97,7 @@ class Daemon:
         self._is_copying = self._awaits_farewell = incoming is not None
         self._uid = sandbox.user_wanted(config.harden, config.user)
         if launcher is not None:
-            _prepare_starter(config, launcher, incoming)
+            _prepare_starter(self._uid, launcher, incoming)
         if incoming is not None:
             incoming.check(config, self._uid)
         self._parts = assemble(
@@ -265,7 +263,7 @@ class Daemon:
         self._is_copying = False
         for listener in parts.listeners.values():
             listener.take_over()
-        incoming.take_over_routes(parts)
+        incoming.take_over_routes()
         signal.alarm(0)  # which was to end this process if it came to nothing
         if incoming.is_to_reload:
             self.reactor.call_later(0.0, self.reload)
@@ -534,11 +532,11 @@ def _pending() -> list[int]:
     return numbers
 
 
-def _prepare_starter(config: Config, launcher: Launcher, incoming: Incoming | None) -> None:
-    """See to it that a successor can be started as root, if this process is that for now."""
+def _prepare_starter(uid: int, launcher: Launcher, incoming: Incoming | None) -> None:
+    """See to it that a successor can be started as root, if this process is to become *uid*."""
     if incoming is not None and incoming.starter is not None:
         launcher.use(incoming.starter)
-    elif sandbox.becomes_another(config.harden, config.user):
+    elif uid != os.geteuid():
         try:
             launcher.stay_root_elsewhere()
         except OSError as error:

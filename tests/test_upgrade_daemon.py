@@ -34,6 +34,7 @@ from tests.process import (
     environment,
     free_port,
     free_tcp_port,
+    run,
 )
 from tests.steady import Steady
 from tests.test_operation import Manager
@@ -687,9 +688,9 @@ def test_what_changes_while_the_state_is_copied_counts(
 # --- Who is asked, and who hears of it -------------------------------------------------------
 
 
-def upgrade_command(pid: int) -> subprocess.CompletedProcess[str]:
+def upgrade_command(pid: int | str, *others: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "relay", "--upgrade", str(pid)],
+        [sys.executable, "-m", "relay", f"--upgrade={pid}", *others],
         env=environment(),
         capture_output=True,
         text=True,
@@ -740,27 +741,13 @@ def test_only_a_relay_is_asked() -> None:
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "1.5", ""])
 def test_a_process_is_a_number(text: str) -> None:
-    asked = subprocess.run(
-        [sys.executable, "-m", "relay", f"--upgrade={text}"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+    asked = upgrade_command(text)
     assert asked.returncode == 64
     assert "is not the number of a process" in asked.stderr
 
 
 def test_other_options_do_not_go_with_it() -> None:
-    asked = subprocess.run(
-        [sys.executable, "-m", "relay", "--upgrade=1", "--software=x"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+    asked = upgrade_command(1, "--software=x")
     assert asked.returncode == 64
     assert "--upgrade takes no other option" in asked.stderr
 
@@ -874,14 +861,7 @@ def test_process_1_speaks_for_the_one_that_serves() -> None:
 
 
 def test_a_variable_that_only_a_relay_sets_is_no_socket() -> None:
-    asked = subprocess.run(
-        [sys.executable, "-m", "relay"],
-        env=environment(FIREZONE_RELAY_UPGRADE="99"),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+    asked = run(FIREZONE_RELAY_UPGRADE="99")
     assert asked.returncode == 78
     assert "which is no socket: only a relay sets it" in asked.stderr
 

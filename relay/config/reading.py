@@ -55,8 +55,11 @@ def process_to_upgrade(argv: Sequence[str]) -> int | None:
 
     No option counts beside that, and none is read: the process has its own.
     """
+    if not any(argument.partition("=")[0] == "--upgrade" for argument in argv):
+        return None  # as a rule: the options need not be looked at twice
     process: int | None = build_parser().parse_args(list(argv), env_vars={}).upgrade
-    if process is not None and len(" ".join(argv).replace("=", " ").split()) > 2:
+    alone = (["--upgrade", f"{process}"], [f"--upgrade={process}"])
+    if process is not None and list(argv) not in alone:
         raise UsageError("--upgrade takes no other option: the running relay reads its own")
     return process
 

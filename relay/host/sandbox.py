@@ -75,11 +75,6 @@ def enter(harden: str, user: str | None = None) -> "Sandbox":
     return Sandbox(harden, was_root=is_root, identity=wanted, empties_bounding_set=has_setpcap)
 
 
-def becomes_another(harden: str, user: str | None) -> bool:
-    """Tell if :func:`enter` is to make another user of this process. Raises ValueError."""
-    return _wanted(harden, user) is not None
-
-
 def user_wanted(harden: str, user: str | None) -> int:
     """Return the uid that :func:`enter` is to leave this process with. Raises ValueError."""
     identity = _wanted(harden, user)

@@ -18,13 +18,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Final, NoReturn
 
-NOT_FOR_US: Final = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)
+from relay.host.keeper import PASSED_ON
+
 KEEPERS: Final = re.compile("@[0-9a-f]{5}")
 """Where a keeper listens: what the kernel calls a socket that nobody has named."""
 
@@ -81,7 +76,7 @@ def _wait(
 ) -> NoReturn:
     with suppress(OSError), open("/proc/self/comm", "w") as name:  # noqa: PTH123
         name.write("relay-starter")
-    for number in NOT_FOR_US:
+    for number in PASSED_ON:  # to the relay, and not for us
         signal.signal(number, signal.SIG_IGN)
     while True:
         request, descriptors, _, _ = socket.recv_fds(sock, _LONGEST_REQUEST, 1)
@@ -124,7 +119,7 @@ def _start(
             os._exit(os.EX_OK)
         with suppress(OSError):
             os.setpgid(0, 0)  # a terminal's signals are for who was started there
-        for number in NOT_FOR_US:
+        for number in PASSED_ON:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.alarm(ALARM)

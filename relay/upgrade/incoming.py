@@ -41,7 +41,6 @@ class UpgradeError(Exception):
 class _Running:
     """What the running process says of itself."""
 
-    version: str
     uid: int  # as which it serves
     is_serving: bool
     portal: bool | None  # whether it is connected; None: there is none
@@ -309,10 +308,11 @@ class Incoming:
         except (Closed, OSError) as error:
             raise UpgradeError("the running process cannot be told") from error
 
-    def take_over_routes(self, parts: Parts) -> None:
+    def take_over_routes(self) -> None:
         """See to what is in the kernel; the other process does so no more."""
-        if parts.kernel_path is not None:
-            parts.kernel_path.take_over(is_attached=self._is_attached, next_id=self._next_route)
+        path = self._parts.kernel_path
+        if path is not None:
+            path.take_over(is_attached=self._is_attached, next_id=self._next_route)
 
     def _on_farewell(self, farewell: Callable[[], None]) -> None:
         with suppress(Closed, OSError, ValueError):
@@ -361,7 +361,7 @@ def _read_begin(message: Message) -> _Running:
                 inherited.clients[Family(use["family"])] = sock
             case "streams":
                 host, port = sock.getsockname()[:2]
-                by_family = inherited.streams.setdefault((str(use["transport"]), port), {})
+                by_family = inherited.streams.setdefault((socket.SOCK_STREAM, port), {})
                 by_family[family_of(host)] = sock
             case "http":
                 host, port = use["address"]
@@ -376,7 +376,6 @@ def _read_begin(message: Message) -> _Running:
     if body["in_kernel"] is not None:
         inherited.in_kernel = (body["in_kernel"], list(descriptors))
     return _Running(
-        version=str(body["version"]),
         uid=int(body["uid"]),
         is_serving=bool(body["is_serving"]),
         portal=body["portal"],

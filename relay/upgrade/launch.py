@@ -18,8 +18,8 @@ VARIABLE: Final = "FIREZONE_RELAY_UPGRADE"
 """Which descriptor a successor has been given to talk over."""
 
 _PID_1: Final = 1
-# Meant for the process that they were given to.
 _KEPT: Final = ("LD_LIBRARY_PATH",)
+# Meant for the process that they were given to.
 _NOT_INHERITED: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", VARIABLE)
 
 

@@ -173,8 +173,8 @@ class Outgoing:
             for local, each in listener.per_address.items():
                 add(each.fileno(), use="clients", family=family, local=local.hex())
         if parts.streams is not None:
-            for sock, transport in parts.streams.listeners:
-                add(sock.fileno(), use="streams", transport=transport)
+            for sock, _ in parts.streams.listeners:
+                add(sock.fileno(), use="streams")
         if parts.health is not None:
             assert config.http_addr is not None
             add(parts.health.socket.fileno(), use="http", address=config.http_addr)
@@ -190,8 +190,6 @@ class Outgoing:
             "begin",
             {
                 "format": FORMAT,
-                "version": __version__,
-                "pid": os.getpid(),
                 "uid": self._uid,
                 "secret": parts.secret,
                 "salt": parts.salt,

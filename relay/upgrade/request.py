@@ -45,7 +45,7 @@ def ask(pid: int) -> str:
         sock.settimeout(TIME_LIMIT)
         try:
             sock.connect(name_of(pid))
-            if _CREDENTIALS.unpack(_credentials(sock))[0] != pid:
+            if _other_end(sock)[0] != pid:
                 return _signal(pid)  # somebody else has taken its name
             sock.send(REQUEST)
             answer = sock.recv(_LONGEST_ANSWER).decode(errors="replace")
@@ -141,7 +141,7 @@ class Requests:
             sock, _ = listening.accept()
         except OSError:
             return
-        _, user, _ = _CREDENTIALS.unpack(_credentials(sock))
+        _, user = _other_end(sock)
         if user not in {_ROOT, os.geteuid()} or len(self._waiting) >= MOST_WAITING:
             sock.close()
             return
@@ -173,9 +173,11 @@ class Requests:
             _tell(sock, f"not {refusal}")
 
 
-def _credentials(sock: socket.socket) -> bytes:
-    """Return who is at the other end: who has connected, or who listened first."""
-    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+def _other_end(sock: socket.socket) -> tuple[int, int]:
+    """Return process and user of who has connected, or of who listened first."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(credentials)
+    return pid, uid
 
 
 def _tell(sock: socket.socket, answer: str) -> None:
