@@ -88,21 +88,23 @@ def test_a_channel_is_two_routes_of_which_that_to_the_client_is_first(
     assert to_client == them + us + (9000).to_bytes(2) + port + b"\0\0\4\0"
     assert to_peer == her + us + (5000).to_bytes(2) + listening + b"\x40\x01\4\0"
     for key, value in kernel.items():
-        assert value[:40] == key
+        assert value[8:48] == key
         assert len(value) == 120
         assert value[88:] == bytes(32)
-    assert kernel[to_client][40:80] == her + us + (5000).to_bytes(2) + listening + b"\x40\x01\4\0"
-    assert kernel[to_peer][40:80] == them + us + (9000).to_bytes(2) + port + b"\0\0\4\0"
+    up, down = kernel[to_peer], kernel[to_client]
+    assert down[4:8] + down[48:84] == (5000).to_bytes(2) + listening + her + us + b"\x40\x01\4\0"
+    assert up[4:8] + up[48:84] == (9000).to_bytes(2) + port + them + us + b"\0\0\4\0"
 
 
 def test_no_two_routes_have_the_same_id(
     routes: KernelRoutes, kernel: Kernel, alice: Client, bob: Peer
 ) -> None:
-    """By it the program knows whose next hop it has found."""
+    """By it the program knows whose next hop it has found, and whether it has read one route."""
     ids = []
     for _ in range(3):
         alice.binds(0x4001, bob)
-        ids += [value[80:84] for value in kernel.values()]
+        ids += [value[:4] for value in kernel.values()]
+        assert [value[84:88] for value in kernel.values()] == ids[-2:]
         alice.refreshes(lifetime=0)
         alice.allocates()
     assert len(set(ids)) == 6
@@ -174,7 +176,7 @@ def test_an_allocation_of_this_relay_is_marked_as_inside(
 ) -> None:
     carol = relay.client("192.0.2.11:5000").allocates()
     alice.binds(0x4001, carol.relayed_address)
-    flags = {channel_of(flow): value[79] for flow, value in kernel.items()}
+    flags = {channel_of(flow): value[83] for flow, value in kernel.items()}
     assert flags == {0x4001: 1, 0: 4}  # back only from inside: the address is the host's own
     assert len(routes) == 2
 
@@ -184,7 +186,7 @@ def test_flags_when_dscp_and_ecn_are_not_copied(kernel: Kernel) -> None:
     client = ClientAddress((("192.0.2.10", 5000), b""))
     for number, peer in ((0x4001, ("198.51.100.7", 9000)), (0x4002, (PUBLIC_IP4, 50000))):
         routes.bound(BindChannel(client, number, 50001, PeerAddress(peer), reaches_outside=True))
-    assert sorted(value[79] for value in kernel.values()) == [2, 2, 3, 6]
+    assert sorted(value[83] for value in kernel.values()) == [2, 2, 3, 6]
 
 
 def test_a_link_local_client_stays_with_the_sockets(kernel: Kernel) -> None:

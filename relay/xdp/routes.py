@@ -30,7 +30,8 @@ UNMARKED: Final = 2  # relay without DSCP and ECN
 ONLY_INSIDE: Final = 4  # the peer is at this host: what comes in from there is forged
 
 _FLOW: Final = struct.Struct("!16s16sHHHBB")
-_TARGET: Final = struct.Struct("!16s16sHHHBBII32x")  # behind the flow; ends with room for the hop
+_HEAD: Final = struct.Struct("!IHH")  # in front of the flow
+_TARGET: Final = struct.Struct("!16s16sHBBI32x")  # behind the flow; ends with room for the hop
 _MAPPED: Final = bytes(10) + b"\xff\xff"  # of IPv4, in front
 _FROM_PEER: Final = 0  # in the place of a channel number
 _IDS: Final = 1 << 32
@@ -130,20 +131,19 @@ class KernelRoutes:
         client = (address[0], address[1])
         to_peer = _flow(client, client_side, bind.number)
         to_client = _flow(bind.peer, relayed, _FROM_PEER)
+        to_client_flags = ONLY_INSIDE if self._is_own_host(bind.peer[0]) else 0
         if self._may_be_inside(bind.peer):
             # Where it would arrive: relay ports of one family are bound alike.
             inside = (relayed[0], bind.peer[1])
             seen_from = (self._public_hosts[family_of(bind.peer[0])], bind.port)
-            target = self._target(inside, seen_from, _FROM_PEER, INSIDE)
+            route_to_peer = self._route(to_peer, inside, seen_from, _FROM_PEER, INSIDE)
         else:
-            target = self._target(bind.peer, relayed, _FROM_PEER)
-        flags = ONLY_INSIDE if self._is_own_host(bind.peer[0]) else 0
+            route_to_peer = self._route(to_peer, bind.peer, relayed, _FROM_PEER)
+        route_to_client = self._route(to_client, client, client_side, bind.number, to_client_flags)
         try:
-            self._routes.update(
-                to_client, to_client + self._target(client, client_side, bind.number, flags)
-            )
+            self._routes.update(to_client, route_to_client)
             try:
-                self._routes.update(to_peer, to_peer + target)
+                self._routes.update(to_peer, route_to_peer)
             except OSError:
                 self._delete(to_client)
                 raise
@@ -208,12 +208,14 @@ class KernelRoutes:
         host, port = peer
         return host == self._public_hosts.get(family_of(host)) and port in self._relay_ports
 
-    def _target(self, to: Address, source: Address, channel: int, flags: int = 0) -> bytes:
-        number, self.next_id = self.next_id, self.next_id + 1
-        return _TARGET.pack(
-            *(_mapped(to[0]), _mapped(source[0]), to[1], source[1], channel),
-            *(_number(to[0]), flags | self._flags, number % _IDS, 0),
-        )
+    def _route(
+        self, flow: bytes, to: Address, source: Address, channel: int, flags: int = 0
+    ) -> bytes:
+        number, self.next_id = self.next_id % _IDS, self.next_id + 1
+        head = _HEAD.pack(number, to[1], source[1])
+        hosts = (_mapped(to[0]), _mapped(source[0]))
+        flags |= self._flags
+        return head + flow + _TARGET.pack(*hosts, channel, _number(to[0]), flags, number)
 
     def _forget(self, client: ClientAddress, numbers: list[int]) -> None:
         """Delete the routes of a client's channels, as far as they have any."""

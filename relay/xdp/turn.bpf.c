@@ -84,14 +84,14 @@ struct hop {
 #define ONLY_INSIDE 4
 
 struct route {
-	struct flow flow;           // the key once more: see find()
-	__u8 to[16], from[16];
+	__u32 id;                   // no two routes ever have the same
 	__be16 to_port, from_port;
+	struct flow flow;           // the key once more
+	__u8 to[16], from[16];
 	__be16 channel;             // to frame it with; 0: it goes to a peer
 	__u8 family;                // of to and from
 	__u8 flags;
-	__u32 id;                   // no two routes ever have the same
-	__u32 zero;
+	__u32 last_id;              // the same, written last: see find()
 	struct hop hop;             // user space writes zeros
 };
 
@@ -210,17 +210,22 @@ INLINE int read_ipv6(struct datagram *datagram, const struct ipv6hdr *ip, const 
 // Look a flow up, and copy its route: from then on nobody changes it under our hands.
 //
 // The kernel gives the memory of a deleted entry to the next one at once, also while another CPU
-// still reads it. So the copy could be of another client's route. It is of the one looked up
-// exactly if the key that is in the entry, read last, is the key.
+// still reads it. An entry is written from its first byte to its last, and read the other way round
+// by its ids: if the last one, read before all else, is the first one, read after all else, then
+// what lies in between was whole and stayed so. Whether it is the route asked for, its key tells.
+// (So it is where CPUs keep the order of stores and of loads, as x86 does.)
 INLINE struct route *find(const struct flow *flow, struct route *copy)
 {
 	struct route *route = bpf_map_lookup_elem(&routes, flow);
 	if (!route)
 		return 0;
+	__u32 id = *(const volatile __u32 *)&route->last_id;
+	COMPILER_BARRIER();
 	*copy = *route;
 	COMPILER_BARRIER();
-	const volatile __u64 *is = (const volatile __u64 *)&route->flow;
-	const __u64 *wanted = (const __u64 *)flow;
+	if (*(const volatile __u32 *)&route->id != id)
+		return 0;
+	const __u64 *is = (const __u64 *)&copy->flow, *wanted = (const __u64 *)flow;
 	if (is[0] != wanted[0] || is[1] != wanted[1] || is[2] != wanted[2] || is[3] != wanted[3] ||
 	    is[4] != wanted[4])
 		return 0;
