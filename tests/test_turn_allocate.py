@@ -75,6 +75,16 @@ def test_lifetime(relay: Scenario, requested: int | None, granted: int) -> None:
     assert relay.network.sockets == {}
 
 
+@pytest.mark.parametrize("uptime", [0.1, 12345.678, 2**30 / 3])
+def test_lifetime_does_not_depend_on_the_clock(relay: Scenario, uptime: float) -> None:
+    """(now + 600) - now is often a little more than 600."""
+    relay.passes(seconds=uptime)
+    for number in range(50):
+        relay.passes(seconds=0.0123)
+        answer = relay.client(f"192.0.2.10:{5000 + number}").asks(Method.ALLOCATE, UDP)
+        assert answer.get(Attr.LIFETIME) == 600
+
+
 def test_allocations_of_different_lifetimes_end_without_any_traffic(relay: Scenario) -> None:
     relay.client("192.0.2.10:5000").allocates(lifetime=3600)
     relay.client("192.0.2.11:5000").allocates(lifetime=60)

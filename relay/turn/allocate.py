@@ -19,6 +19,7 @@ logger = logging.getLogger("relay.turn")
 
 DEFAULT_LIFETIME: Final = 600  # seconds. RFC 8656 §7.2
 MAX_LIFETIME: Final = 3600  # seconds. RFC 8656 §7.2
+_ROUNDING: Final = 1e-3  # seconds: by less than that, (now + lifetime) - now may be too much
 _R_BIT: Final = 0x80  # of EVEN-PORT: keep the next port, too. RFC 8656 §18.7
 _TOKEN_SIZE: Final = 8  # bytes. RFC 8656 §18.10
 PORT_TRIES: Final = 16  # ports that cannot be bound, before a client is told to give up
@@ -309,7 +310,7 @@ class AllocationHandler:
         left = max(allocation.expires_at.values()) - request.now
         attributes += [
             (Attr.XOR_MAPPED_ADDRESS, request.mapped_address),
-            (Attr.LIFETIME, max(ceil(left), 1)),  # it has not ended yet
+            (Attr.LIFETIME, max(ceil(left - _ROUNDING), 1)),  # it has not ended yet
         ]
         if allocation.reservation_token is not None:
             attributes.append((Attr.RESERVATION_TOKEN, allocation.reservation_token))
