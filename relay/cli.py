@@ -33,17 +33,20 @@ from relay.upgrade.request import RequestError, ask
 
 logger = logging.getLogger("relay.cli")
 
+PROBE: Final = "probe"
 INTERRUPTED: Final = 130  # what a shell makes of SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     incoming = None
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == [PROBE]:
+        return _probe(arguments[1:])
     try:
         incoming = Incoming.from_environment(os.environ)
         if incoming is not None:
             incoming.begin()
-        arguments = sys.argv[1:] if argv is None else argv
         process = process_to_upgrade(arguments)
         if process is not None:
             print(ask(process))
@@ -64,6 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if incoming is not None:
             incoming.failed("the new process is stopped by a bug, see above")
         return os.EX_SOFTWARE
+
+
+def _probe(arguments: Sequence[str]) -> int:
+    """Be a client of some server instead of a relay."""
+    # A relay that runs is not to hold what it never needs.
+    from relay.probe.command import ProbeUsageError, main  # noqa: PLC0415
+
+    try:
+        return main(arguments)
+    except ProbeUsageError as error:
+        return _fail(os.EX_USAGE, f"{PROBE}: {error} ({PROBE} --help lists the options)", None)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:  # stdout is full, or closed
+        return _fail(os.EX_OSERR, str(error), None)
 
 
 def _run(argv: Sequence[str], command: Command, incoming: Incoming | None) -> int:

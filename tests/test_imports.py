@@ -19,6 +19,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.assembly",
         "relay.config",
         "relay.observe.logs",
+        "relay.probe.command",
         "relay.turn.users",
     ),
     "relay.daemon": (
@@ -72,6 +73,19 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.stun.const",
         "relay.turn.users",
     ),
+    # A client like any other: it knows no part of the relay but the protocol.
+    "relay.probe": (
+        "relay.net.buffers",
+        "relay.turn.channeldata",
+        "relay.turn.framing",
+        "relay.turn.users",
+        "relay.stun",
+    ),
+    "relay.probe.client": (
+        "relay.turn.channeldata",
+        "relay.turn.framing",
+        "relay.stun",
+    ),
     "relay.datapath": (
         "relay.observe.counters",
         "relay.net.stream",
@@ -109,6 +123,7 @@ PURE: Final = (
     "relay.net.netlink",
     "relay.net.proxyprotocol",
     "relay.portal.phoenix",
+    "relay.probe.client",
 )
 PURE_MAY_IMPORT: Final = (
     "array",

@@ -75,10 +75,8 @@ def test_lifetime(relay: Scenario, requested: int | None, granted: int) -> None:
     assert relay.network.sockets == {}
 
 
-@pytest.mark.parametrize("uptime", [0.1, 12345.678, 2**30 / 3])
-def test_lifetime_does_not_depend_on_the_clock(relay: Scenario, uptime: float) -> None:
+def test_lifetime_does_not_depend_on_the_clock(relay: Scenario) -> None:
     """(now + 600) - now is often a little more than 600."""
-    relay.passes(seconds=uptime)
     for number in range(50):
         relay.passes(seconds=0.0123)
         answer = relay.client(f"192.0.2.10:{5000 + number}").asks(Method.ALLOCATE, UDP)
