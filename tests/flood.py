@@ -95,17 +95,18 @@ class Target:
         # So many addresses that no two users share a 5-tuple by chance, of which one would get 437.
         own = f"{USERS}.{self.rng.randrange(1, 255)}.{self.rng.randrange(1, 255)}"
         with TurnClient(("127.0.0.1", self.port), username, password or right, bind=own) as client:
-            client._nonce = b"none"  # so that it signs from its first request on
+            # So that it signs from its first request on.
+            client.client.nonce, client.client.realm = b"none", DEFAULT_REALM
             yield client
 
     def signed(
         self, method: int, *attributes: tuple[Attribute[Any], Any], nonce: bytes | None = None
     ) -> bytes:
         """What a client with an allocation sends. Its nonce is no good for anybody else."""
-        anchor = self._anchors[0]
-        credentials = ((Attr.USERNAME, anchor._username), (Attr.REALM, DEFAULT_REALM))
-        own = anchor._nonce if nonce is None else nonce
-        return request(method, *attributes, *credentials, (Attr.NONCE, own)).encode(anchor._key)
+        anchor = self._anchors[0].client
+        *credentials, own = anchor.signature()
+        last = own if nonce is None else (Attr.NONCE, nonce)
+        return request(method, *attributes, *credentials, last).encode(anchor.key)
 
 
 Flood = Callable[[Target], None]

@@ -178,10 +178,10 @@ def test_newcomers_find_it_as_before(relay: RelayProcess) -> None:
 def test_a_nonce_stays_good(relay: RelayProcess) -> None:
     with client_of(relay) as alice:
         alice.allocates()
-        nonce = alice._nonce
+        nonce = alice.client.nonce
         upgrades(relay)
         alice.refreshes(600)
-        assert alice._nonce == nonce
+        assert alice.client.nonce == nonce
 
 
 def test_icmp_errors_are_still_reported(relay: RelayProcess) -> None:

@@ -3,13 +3,14 @@
 import os
 import socket
 import ssl
+import time
 from types import TracebackType
 from typing import Any, Self
 
+from relay.probe.client import Answered, Client, Credential, Signature
 from relay.stun.address import Address
 from relay.stun.attributes import Attr, Attribute
 from relay.stun.const import HEADER_SIZE, UDP_PROTOCOL, Family, Kind, Method
-from relay.stun.integrity import long_term_key
 from relay.stun.message import Message, decode
 from relay.turn import channeldata
 from relay.turn.framing import PADDING
@@ -41,10 +42,8 @@ class TurnClient:
         family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
         self.socket = self._connect(server, family, bind)
         self.socket.settimeout(TIMEOUT)
-        self._username = username
+        self.client = Client(Credential(username, password), os.urandom)
         self._realm = realm
-        self._key = long_term_key(username, realm, password)
-        self._nonce = b""
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +63,9 @@ class TurnClient:
 
     def maps(self) -> Address:
         """Ask for the own address by a Binding request."""
-        mapped = self._exchange(Method.BINDING, []).get(Attr.XOR_MAPPED_ADDRESS)
+        request = Message(Kind.REQUEST, Method.BINDING, self.client.new_transaction_id())
+        self.client.transact(time.monotonic(), request.encode())
+        mapped = self._answer().message.get(Attr.XOR_MAPPED_ADDRESS)
         assert mapped is not None
         return mapped
 
@@ -95,25 +96,13 @@ class TurnClient:
 
     def request(self, method: Method, *attributes: tuple[Attribute[Any], Any]) -> Message:
         """Send an authenticated request, again after a first 401 or 438. Raises TurnError."""
-        while True:
-            credentials: list[tuple[Attribute[Any], Any]] = [
-                (Attr.USERNAME, self._username),
-                (Attr.REALM, self._realm),
-                (Attr.NONCE, self._nonce),
-            ]
-            signed = self._nonce != b""
-            answer = self._exchange(
-                method,
-                [*attributes, *(credentials if signed else [])],
-                self._key if signed else None,
-            )
-            if answer.kind is Kind.SUCCESS:
-                return answer
-            code, _ = answer.get(Attr.ERROR_CODE) or (0, "")
-            nonce = answer.get(Attr.NONCE)
-            if nonce is None or code not in {401, 438} or (code == 401 and signed):
-                raise TurnError(code)
-            self._nonce = nonce
+        self.client.request(time.monotonic(), method, *attributes)
+        answer = self._answer()
+        if answer.code is not None:
+            raise TurnError(answer.code)
+        assert answer.signature is Signature.GOOD
+        assert self.client.realm == self._realm
+        return answer.message
 
     def sends(self, number: int, payload: bytes) -> None:
         """Send ChannelData."""
@@ -143,20 +132,18 @@ class TurnClient:
         assert len(datagram) == channeldata.HEADER_SIZE + length
         return number, datagram[channeldata.HEADER_SIZE :]
 
-    def _exchange(
-        self,
-        method: Method,
-        attributes: list[tuple[Attribute[Any], Any]],
-        key: bytes | None = None,
-    ) -> Message:
-        request = Message(Kind.REQUEST, method, os.urandom(12), attributes)
-        self._send(request.encode(key))
-        while True:  # data may come in between
+    def _answer(self) -> Answered:
+        """Send what is to be sent, and wait for the answer to it."""
+        while True:
+            while self.client.outgoing:
+                self._send(self.client.outgoing.popleft())
             datagram = self._receive()
-            if datagram[0] <= 0x03:
-                answer = decode(datagram).message
-                if answer.transaction_id == request.transaction_id:
-                    return answer
+            if datagram[0] <= 0x03:  # data may come in between
+                self.client.handle_datagram(datagram, time.monotonic())
+            while self.client.events:
+                event = self.client.events.popleft()
+                if isinstance(event, Answered):
+                    return event
 
     def _connect(self, server: Address, family: int, bind: str) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_DGRAM)

@@ -114,8 +114,10 @@ class Checks:
         if not working:
             raise Stopped
         self._server = working[0]
+        options = self._options
         self.lab = Lab(
-            self._connect, self._server, self._options.credential, self._options.other_credential
+            *(self._connect, self._server, options.credential, options.other_credential),
+            time_limit=options.time_limit,
         )
         with self.check("mapped address"), self._connect(None) as link:
             self._see_mapped_address(link)
@@ -290,7 +292,7 @@ class Checks:
                     *("signature", State.FAILED),
                     f"the answer to Allocate is {answer.signature.value}: some clients drop it",
                 )
-            self._see_relayed_address(allocation)
+            self._see_relayed_address(allocation.relayed)
             return allocation
         raise Stopped
 
@@ -318,8 +320,8 @@ class Checks:
         self._report.failed("authentication", text, code=answer.code)
         raise Stopped
 
-    def _see_relayed_address(self, allocation: Allocation) -> None:
-        host, port = allocation.relayed
+    def _see_relayed_address(self, relayed_address: Address) -> None:
+        host, port = relayed_address
         version = "IPv6" if ":" in host else "IPv4"
         text = format_endpoint(host, port)
         relayed, server = ipaddress.ip_address(host), ipaddress.ip_address(self._server[0])
@@ -346,8 +348,11 @@ class Checks:
                 text = f"is not served ({described(answer)})"
                 self._report.add(f"allocation, {version}", State.NOTE, text)
                 return
-            expect_success(answer)
-            self._see_relayed_address(Allocation(link, answer))
+            if answer.code is not None:
+                text = f"is refused ({described(answer)}); 440 would say that it is not served"
+                self._report.add(f"allocation, {version}", State.WARNING, text)
+                return
+            self._see_relayed_address(Allocation(link, answer).relayed)
 
     def _see_lifetime(self, allocation: Allocation) -> None:
         granted = allocation.answer.message.get(Attr.LIFETIME)
@@ -373,7 +378,10 @@ class Checks:
         if ":" in allocation.relayed[0]:
             return
         allowed = {
-            host: what for host, what in NOBODYS if allocation.permit((host, 9)).code is None
+            host: what
+            for host, what in NOBODYS
+            # Its own address it has to let them send to, for other clients are there.
+            if host != allocation.relayed[0] and allocation.permit((host, 9)).code is None
         }
         if not allowed:
             self._report.ok("forbidden peers", "private and local addresses are refused")

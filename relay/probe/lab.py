@@ -10,15 +10,15 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from relay.probe.client import Answered, Credential, Data, Pair, Signature
+from relay.probe.client import TIME_LIMIT, Answered, Credential, Data, Pair, Signature
 from relay.probe.link import Link, LinkError, Peer, open_udp, wait
 from relay.stun.address import Address
 from relay.stun.attributes import Attr, Attribute, Coding
 from relay.stun.const import UDP_PROTOCOL, Family, Kind, Method
 from relay.stun.message import Message
 
-ARRIVES_WITHIN: Final = 0.5  # seconds; then it is sent again
-ATTEMPTS: Final = 4
+ATTEMPTS: Final = 4  # to get a datagram through
+ATTEMPT: Final = 0.1  # of the time limit of a request, until it is sent again
 _FENCES: Final = 3  # round trips by which a server has read what came before
 
 
@@ -74,11 +74,13 @@ class Lab:
         server: Address,
         credential: Credential | None,
         other: Credential | None = None,
+        time_limit: float = TIME_LIMIT,
     ) -> None:
         """``connect(credential)`` returns a client of the *server*, or raises LinkError.
 
-        *credential* and *other* are of two users.
+        *credential* and *other* are of two users. A request may take *time_limit* seconds.
         """
+        self._patience = ATTEMPT * time_limit
         self._connect = connect
         self.server = server
         self._credential = credential
@@ -200,7 +202,7 @@ class Lab:
         """Send something, a few times if it has to be, until it has come."""
         for _ in range(ATTEMPTS):
             send()
-            if wait([*self._links, *self._peers], has_come, ARRIVES_WITHIN):
+            if wait([*self._links, *self._peers], has_come, self._patience):
                 return True
         return False
 
