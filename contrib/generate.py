@@ -27,6 +27,7 @@ from relay.net.udp import PORT_BUFFER
 from relay.observe.counters import PACKET_SIZES, Connections, Counters, InKernel, Relayed
 from relay.observe.exposition import STUCK_AFTER, RelayCollector, Status
 from relay.observe.logratelimit import BURST, BURST_OF_ALL, INTERVAL
+from relay.probe.command import build_parser as build_probe_parser
 from relay.turn import ratelimit
 from relay.turn.auth import AuthFailure
 from relay.turn.commands import Drop
@@ -109,6 +110,7 @@ def _manual_page(parser: ArgumentParser) -> str:
         "version": __version__,
         "default-file": DEFAULT_FILE,
         "options": "\n".join(_option_lines(parser)),
+        "probe-options": "\n".join(_probe_option_lines(build_probe_parser())),
         "longest-variable": max((option.variable for option in OPTIONS), key=len),
         "longest-kind": max(NOT_PUBLIC.values(), key=len),
         "variables": "\n".join(f".It Ev {o.variable}\n.Fl -{o.name}" for o in OPTIONS),
@@ -145,6 +147,14 @@ def _option_lines(parser: ArgumentParser) -> Iterator[str]:
             yield f".It {' , '.join(flags)}"
             yield from _description_lines(action)
         yield ".El"
+
+
+def _probe_option_lines(parser: ArgumentParser) -> Iterator[str]:
+    for action in _actions(parser):
+        value = f" Ar {action.metavar}" if _takes_value(action) else ""
+        flags = [f"Fl {flag[1:]}{value}" for flag in action.option_strings]
+        yield f".It {' , '.join(flags) or f'Ar {action.metavar}'}"
+        yield from _prose(_capitalized((action.help or "") % {"default": action.default}))
 
 
 def _description_lines(action: Action) -> Iterator[str]:
@@ -246,7 +256,11 @@ def _bash_completion(parser: ArgumentParser) -> str:
         elif not _takes_value(action):
             switches.append(flags)
     everything = " ".join(flag for action in _actions(parser) for flag in action.option_strings)
+    probing = " ".join(
+        flag for action in _actions(build_probe_parser()) for flag in action.option_strings
+    )
     values = {
+        "probe-flags": "\n            ".join(textwrap.wrap(probing, 84, break_on_hyphens=False)),
         "files": " | ".join(files),
         "choices": "\n        ".join(cases),
         "switches": " | \\\n        ".join(switches),
@@ -257,21 +271,29 @@ def _bash_completion(parser: ArgumentParser) -> str:
 
 def _zsh_completion(parser: ArgumentParser) -> str:
     specs = [_zsh_spec(action) for action in _actions(parser)]
-    return _filled("completion/zsh.in", {"specs": " \\\n".join(f"    {spec}" for spec in specs)})
+    probing = [
+        _zsh_spec(action, {}) for action in _actions(build_probe_parser()) if action.option_strings
+    ]
+    values = {
+        "specs": " \\\n".join(f"    {spec}" for spec in specs),
+        "probe-specs": " \\\n".join(f"        {spec}" for spec in probing),
+    }
+    return _filled("completion/zsh.in", values)
 
 
-def _zsh_spec(action: Action) -> str:
-    """Describe one option to _arguments: zshcompsys(1)."""
-    option = _OPTIONS.get(action.dest)
+def _zsh_spec(action: Action, known: Mapping[str, Option] = _OPTIONS) -> str:
+    """Describe one option to _arguments: zshcompsys(1). Of those *known* the relay has more."""
+    option = known.get(action.dest)
+    text = (action.help or "") if option is None else option.help
     flags = action.option_strings
     excluded = " ".join(flags)
     if action.dest in {"help", "version"}:
         excluded = "- *"
-    summary = re.sub(r"([\]\[:\\])", r"\\\1", re.split(r"; | \(default|\. ", _help(action))[0])
+    summary = re.sub(r"([\]\[:\\])", r"\\\1", re.split(r"; | \((?:default|%)|\. ", text)[0])
     tail = f"[{summary}]"
     if _takes_value(action):
         flags = [f"{flag}=" if flag.startswith("--") else f"{flag}+" for flag in flags]
-        tail += f":{action.metavar}:{_zsh_values(action)}"
+        tail += f":{action.metavar}:{_zsh_values(action, option)}"
     if option is not None and option.repeatable:
         return _quoted(f"*{flags[0]}{tail}")
     if len(flags) > 1:
@@ -279,8 +301,7 @@ def _zsh_spec(action: Action) -> str:
     return _quoted(f"({excluded}){flags[0]}{tail}")
 
 
-def _zsh_values(action: Action) -> str:
-    option = _OPTIONS.get(action.dest)
+def _zsh_values(action: Action, option: Option | None) -> str:
     words = " ".join(choices(option)) if option else ""
     match action.metavar:
         case "FILE":

@@ -189,6 +189,10 @@ TYPED = [
     pytest.param(f"--name {ALL}", ["--name"], id="what only the operator knows"),
     pytest.param(f"--mint {ALL}", ["--mint"], id="a number"),
     pytest.param(f"relay.c{TAB}", ["relay.c"], id="no operands"),
+    pytest.param(f"probe --conf{TAB}", ["probe", "--conformance"], id="probe"),
+    pytest.param(
+        f"probe --ice-servers relay.c{TAB}", ["probe", "--ice-servers", "relay.conf"], id="its file"
+    ),
 ]
 
 

@@ -17,6 +17,17 @@ _firezone_relay() {
         ((at -= 1))
         [[ ${COMP_WORDS[at]} == -* ]] || ((at -= 1))
     done
+    if [[ ${COMP_WORDS[1]} == probe ]] && ((COMP_CWORD > 1)); then
+        if [[ ${COMP_WORDS[at]} == --*-file* || ${COMP_WORDS[at]} == --ice-servers ]]; then
+            compopt -o default
+            return
+        fi
+        words='-h --help --username --credential --credential-file --auth-secret-file
+            --relay-secret-file --ice-servers --conformance --json --strict --address -4 -6
+            --ca-file --timeout --seconds --max-rate'
+        mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
+        return
+    fi
     if [[ $word == *,* ]]; then
         before=${word%,*}, word=${word##*,}
     fi

@@ -366,7 +366,8 @@ def build_parser() -> _Parser:
         usage="%(prog)s [-c FILE] [option ...]",
         description="A STUN and TURN relay. Every option is also an environment variable, named "
         "in brackets, and a 'key = value' line in a file; a flag beats a variable beats the file.",
-        epilog=f"Signals, exit codes and metrics are in README.md and in {PROGRAM}(8).",
+        epilog=f"'{PROGRAM} probe URL' tells if a server is all right, any server (probe --help). "
+        f"Signals, exit codes and metrics are in docs/operating.md and in {PROGRAM}(8).",
         allow_abbrev=False,
         add_help=False,
         add_config_file_help=False,
