@@ -24,6 +24,7 @@ from relay.config.reading import (
     read,
     reread,
 )
+from relay.config.risks import look, risks
 from relay.daemon import CAUGHT, Daemon
 from relay.observe.logs import configure
 from relay.turn.users import mint, mint_rest
@@ -89,7 +90,7 @@ def _run(argv: Sequence[str], command: Command, incoming: Incoming | None) -> in
     if command.print_config:
         _print_config(command)
     if command.check_config:
-        print("the configuration is good")
+        _print_risks(command)
     if command.mint is not None:
         _print_credential(command.config, command.mint, command.mint_user)
     if command.print_config or command.check_config or command.mint is not None:
@@ -121,6 +122,16 @@ def _log_failure(exit_code: int, message: str, incoming: Incoming | None) -> int
     if incoming is None or not incoming.failed(message):
         logger.error("%s", message)
     return exit_code
+
+
+def _print_risks(command: Command) -> None:
+    """Say what is risky, line by line, of a configuration that is good."""
+    files = command.secret_files
+    found = risks(command.config, command.texts, files, look(files))
+    for risk in found:
+        print(f"risk: {risk.what}: {risk.text}")
+    number = f", with {len(found)} risk{'' if len(found) == 1 else 's'}" if found else ""
+    print(f"the configuration is good{number}")
 
 
 def _print_config(command: Command) -> None:

@@ -60,7 +60,9 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
     ),
     "relay.config": (
         "relay.net.addresses",
+        "relay.net.listening",
         "relay.net.tls",
+        "relay.net.udp",
         "relay.portal.endpoint",
         "relay.turn.channeldata",
         "relay.turn.users",
