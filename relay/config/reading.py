@@ -407,7 +407,11 @@ def build_parser() -> _Parser:
         metavar="FILE",
         help=f"read options from this file (default: {DEFAULT_FILE}, if there is one)",
     )
-    reading.add_argument("--check-config", action="store_true", help="check the options, name what is risky, and exit")
+    reading.add_argument(
+        "--check-config",
+        action="store_true",
+        help="check the options, name what is risky, and exit",
+    )
     reading.add_argument("--print-config", action="store_true", help="print the options and exit")
     groups[CREDENTIALS].add_argument(
         "--mint",
