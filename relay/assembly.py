@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from relay.config.differences import differences
 from relay.config.model import Config, ConfigError
 from relay.datapath.clientside import NotServing
 from relay.datapath.datapath import DataPath
@@ -36,6 +37,7 @@ from relay.net.udp import USUAL_LOSSES, PortOpener, PortSocket, Receiver, Shared
 from relay.observe.counters import STREAM_TRANSPORTS, Connections, Counters
 from relay.observe.http import HealthServer
 from relay.observe.monitor import Monitor
+from relay.observe.statuspage import About
 from relay.portal.client import PortalClient
 from relay.portal.endpoint import endpoint
 from relay.portal.phoenix import PortalEvent
@@ -613,7 +615,7 @@ def _health_server(
     if address is None:
         return None
     try:
-        return HealthServer(
+        server = HealthServer(
             *address,
             monitor.status,
             version=__version__,
@@ -627,6 +629,13 @@ def _health_server(
             raise DaemonError(os.EX_CANTCREAT if in_use else os.EX_OSERR, problem) from error
         logger.warning("%s; there is no health check and no metrics", problem)
         return None
+    server.show(about(config))
+    return server
+
+
+def about(config: Config) -> About:
+    """Return what the status page shows of the configuration."""
+    return About(config.urls, differences(config))
 
 
 def _portal_client(

@@ -12,6 +12,7 @@ from typing import Final, assert_never
 
 from relay.assembly import (
     DaemonError,
+    about,
     assemble,
     leave_to_sockets,
     limits_of,
@@ -393,6 +394,8 @@ class Daemon:
             logger.warning("needs a restart to change: %s", ", ".join(reloaded.needs_restart))
         if (config.log_format, config.log_levels) != (before.log_format, before.log_levels):
             logs.configure(config.log_format, config.log_levels)
+        if self._parts.health is not None:
+            self._parts.health.show(about(config))
         self._parts.server.change_settings(settings_of(config, self._parts.max_sockets))
         if (config.auth_secrets, config.users) != (before.auth_secrets, before.users):
             self._parts.authenticator.change_users(config.all_users(self._parts.secret))

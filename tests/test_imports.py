@@ -47,6 +47,7 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.version",
     ),
     "relay.assembly": (
+        "relay.config.differences",
         "relay.config.model",
         "relay.datapath",
         "relay.host",
@@ -105,8 +106,9 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
     "relay.host": ("relay.stun.address", "relay.stun.const"),
     "relay.observe": (),
     "relay.observe.counters": (),
-    "relay.observe.logs": ("relay.observe.logratelimit",),
+    "relay.observe.logs": ("relay.observe.logratelimit", "relay.observe.recent"),
     "relay.observe.logratelimit": (),
+    "relay.observe.recent": (),
     "relay.portal": (),
     "relay.portal.endpoint": (),
     "relay.net": (),

@@ -96,7 +96,7 @@ class Start(Protocol):
 def _haste(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work without a rest, which has a test of its own."""
     monkeypatch.setattr(health, "REST", 0.0)
-    monkeypatch.setattr(health, "METRICS_REST", 0.0)
+    monkeypatch.setattr(health, "MAKING_REST", 0.0)
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_metrics_are_made_once_for_all_who_ask_at_about_the_same_time(start: Sta
 def test_metrics_are_made_the_more_rarely_the_more_time_that_takes(
     relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "METRICS_REST", 1e9)
+    monkeypatch.setattr(health, "MAKING_REST", 1e9)
 
     first = relay.answers("/metrics")
     relay.counters.bugs += 1
@@ -249,7 +249,7 @@ def test_head_is_get_without_a_body(relay: Relay, path: str) -> None:
     assert re.search(rb"\r\nContent-Length: [1-9]", head)
 
 
-@pytest.mark.parametrize("path", ["/", "/metric", "/metrics/", "//metrics/x", "/favicon.ico"])
+@pytest.mark.parametrize("path", ["/metric", "/metrics/", "/index.html", "//metrics/x", "/favicon.ico"])
 def test_any_other_page_is_404(relay: Relay, path: str) -> None:
     assert relay.answers(path).status == 404
 
@@ -387,13 +387,13 @@ def test_probes_are_answered_before_everything_else(
     with ExitStack() as clients:
         scrapers = [clients.enter_context(asks(stepped, "/metrics")) for _ in range(5)]
         first = clients.enter_context(asks(stepped, "/healthz"))
-        stepped._server.serve_some()  # accepts them
-        stepped._server.serve_some()
+        stepped._server.serve_some(WAIT)  # accepts them
+        stepped._server.serve_some(WAIT)
         assert answered([first, *scrapers]) == [first, scrapers[0]]
 
         second = clients.enter_context(asks(stepped, "/readyz"))
-        stepped._server.serve_some()
-        stepped._server.serve_some()
+        stepped._server.serve_some(WAIT)
+        stepped._server.serve_some(WAIT)
         assert answered([second, *scrapers]) == [second, *scrapers[:3]]
 
 
@@ -404,11 +404,11 @@ def test_client_that_has_to_go_while_it_waits_for_its_answer_gets_none(
     monkeypatch.setattr(health, "MAX_CONNECTIONS", 2)
     with ExitStack() as clients:
         scrapers = [clients.enter_context(asks(stepped, "/metrics")) for _ in range(2)]
-        stepped._server.serve_some()
-        stepped._server.serve_some()
+        stepped._server.serve_some(WAIT)
+        stepped._server.serve_some(WAIT)
         newcomers = [clients.enter_context(asks(stepped, "/metrics")) for _ in range(2)]
-        stepped._server.serve_some()
-        stepped._server.serve_some()
+        stepped._server.serve_some(WAIT)
+        stepped._server.serve_some(WAIT)
 
         assert read_to_the_end(scrapers[0]).startswith(b"HTTP/1.1 200 ")
         assert read_to_the_end(scrapers[1]) == b""
@@ -431,25 +431,25 @@ def test_work_is_followed_by_a_rest_of_many_times_its_length(
     assert rests[0] >= health.REST * 2.0
 
 
-def test_no_rest_follows_the_making_of_metrics(
+def test_no_rest_follows_the_making_of_what_is_kept(
     stepped: HealthServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise a probe would have to wait for the rest to end; instead metrics are made rarely."""
     monkeypatch.setattr(stepped._stopping, "wait", lambda _: pytest.fail("it rests"))
 
     stepped._used = time.thread_time() - 2.0
-    stepped._pages.making_metrics = 2.0
+    stepped._pages._metrics.making = 2.0
 
     assert not stepped._rest()
 
 
 def test_time_to_make_metrics_is_known(stepped: HealthServer) -> None:
     with asks(stepped, "/metrics") as client:
-        stepped._server.serve_some()
-        stepped._server.serve_some()
+        stepped._server.serve_some(WAIT)
+        stepped._server.serve_some(WAIT)
 
         assert b"relay_build_info" in read_to_the_end(client)
-    assert 0.0 < stepped._pages.making_metrics <= time.thread_time()
+    assert 0.0 < stepped._pages.making <= time.thread_time()
 
 
 # --- Start and stop -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """``Config``: what the operator wants, checked once when it is built, trusted afterwards."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -82,6 +83,8 @@ class Config:
     drain_timeout: int  # seconds
     software: str | None
     rng_seed: int | None
+    # Every option that has a value, as it could be written.
+    texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.lowest_port > self.highest_port:

@@ -94,6 +94,7 @@ def _read(argv: Sequence[str], environment: Mapping[str, str], reader: "_Reader"
     config = Config(
         **{option.field: values[option.name] for option in OPTIONS},
         http_addr_given=namespace.http_addr is not None,
+        texts=texts,
     )
     _check_certificate(config)
     return Command(
@@ -157,11 +158,16 @@ def reread(
     running.file = command.file
     wanted = command.config
     changed = [o for o in OPTIONS if getattr(wanted, o.field) != getattr(config, o.field)]
-    reloaded = replace(config, **{o.field: getattr(wanted, o.field) for o in changed if o.reloads})
+    new = [option for option in changed if option.reloads]
+    reloaded = replace(
+        config,
+        texts={**config.texts, **{o.name: wanted.texts.get(o.name, ()) for o in new}},
+        **{option.field: getattr(wanted, option.field) for option in new},
+    )
     _check_certificate(reloaded)
     return Reloaded(
         reloaded,
-        changed=tuple(option.name for option in changed if option.reloads),
+        changed=tuple(option.name for option in new),
         needs_restart=tuple(option.name for option in changed if not option.reloads),
     )
 

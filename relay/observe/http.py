@@ -1,4 +1,6 @@
-"""Health checks and metrics over HTTP, from one thread that cannot hurt the data path.
+"""Health checks, metrics and the status page over HTTP, from one thread.
+
+It cannot hurt the data path.
 
 A thread that computes keeps the interpreter's lock from the reactor, however short its work.
 So all of HTTP has one thread, and after a slice of work it rests for many times the CPU time
@@ -24,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
+from math import inf
 from typing import Any, Final
 from wsgiref.types import StartResponse, WSGIEnvironment
 
@@ -35,13 +38,16 @@ from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 
 from relay.observe.exposition import RelayCollector, Status
+from relay.observe.history import PERIOD
+from relay.observe.statuspage import PAGE, SAFETY, About, Headers, StatusPage, as_json, is_ours
 
 logger = logging.getLogger("relay.observe")
 
 SLICE: Final = 0.001  # seconds of CPU time without a rest; what has begun is finished
 REST: Final = 35  # times the CPU time used: 2.8 % of a core at most
-METRICS_REST: Final = 200  # times the CPU time to make /metrics, until it is made again: 0.5 %
+MAKING_REST: Final = 200  # times the CPU time to make an answer, until it is made again: 0.5 %
 METRICS_AGE: Final = 1.0  # seconds for which /metrics says the same, at least
+STATUS_AGE: Final = 1.0  # likewise /status.json
 MAX_CONNECTIONS: Final = 256
 BACKLOG: Final = 512  # connections that wait to be accepted
 ACCEPTS_AT_ONCE: Final = 16
@@ -53,13 +59,17 @@ READ_SIZE: Final = 1024  # bytes at a time, of a connection
 
 METHODS: Final = ("GET", "HEAD")
 PROBES: Final = ("/healthz", "/readyz")
+_BY_NAME: Final = (
+    "This page is for the operator: ask for it by address, or as localhost "
+    "(ssh -L 8080:127.0.0.1:8080 HOST, and then http://localhost:8080/). By a name, a page of "
+    "somebody else could have a browser read it."
+)
 
-Headers = list[tuple[str, str]]
 Answer = tuple[str, Headers, bytes]
 
 
 class HealthServer:
-    """Answers /healthz, /readyz and /metrics."""
+    """Answers /healthz, /readyz and /metrics, and people at / (statuspage.py)."""
 
     def __init__(
         self,
@@ -89,7 +99,10 @@ class HealthServer:
         self._is_leaving = False
         self._is_closed = False
         self._used = 0.0  # CPU time of the thread up to its last rest
-        self._pages = _Pages(status, version, make_wsgi_app(registry), metrics_age)
+        self._status_page = StatusPage(status, version=version)
+        self._pages = _Pages(
+            status, version, make_wsgi_app(registry), metrics_age, self._status_page
+        )
         self._server = _Server(
             _listen(host, port) if listening is None else listening,
             self._pages,
@@ -109,6 +122,10 @@ class HealthServer:
             self.serve()
         self._thread.start()
         self._has_started.wait()
+
+    def show(self, about: About) -> None:
+        """Show what is configured from here on."""
+        self._status_page.about = about
 
     def serve(self) -> None:
         """Accept connections from here on."""
@@ -152,7 +169,9 @@ class HealthServer:
             while not self._stopping.is_set():
                 if self._is_leaving and self._server.has_left():
                     break
-                self._server.serve_some()
+                history = self._status_page.history
+                history.sample_if_due(time.monotonic())
+                self._server.serve_some(history.seconds_left(time.monotonic()))
                 self._rest()
         except Exception:
             logger.exception("the thread for HTTP is stopped by a bug")
@@ -160,13 +179,14 @@ class HealthServer:
     def _rest(self) -> bool:
         """Leave the interpreter to the reactor, if it is time, and tell if it was.
 
-        Called after each piece of work. /metrics is made so rarely that it needs no rest.
+        Called after each piece of work. What is kept for a while needs no rest, so rarely is it
+        made: /metrics and what the status page asks for.
         """
-        used = time.thread_time() - self._pages.making_metrics - self._used
+        used = time.thread_time() - self._pages.making - self._used
         if used < SLICE:
             return False
         self._stopping.wait(REST * used)
-        self._used = time.thread_time() - self._pages.making_metrics
+        self._used = time.thread_time() - self._pages.making
         return True
 
 
@@ -204,32 +224,47 @@ class _Pages:
         version: str,
         prometheus: Callable[..., Iterable[bytes]],
         metrics_age: float,
+        status_page: StatusPage,
     ) -> None:
         self._status = status
         self._version = version
         self._prometheus = prometheus
-        self._metrics_age = metrics_age
-        self._metrics_until = 0.0  # monotonic seconds
-        self._metrics_answer: Answer | None = None
-        self.making_metrics = 0.0  # CPU time that took so far
+        self._metrics = _Kept(self._render, metrics_age)
+        self._now = _Kept(lambda: _json(status_page.now()), STATUS_AGE)
+        self._last_hour = _Kept(lambda: _json(status_page.last_hour()), PERIOD)
         self._pages = {
             "/healthz": self._healthz,
             "/readyz": self._readyz,
-            "/metrics": self._metrics,
+            "/metrics": self._metrics.answer,
+        }
+        self._for_people = {
+            "/": self._page,
+            "/status.json": self._now.answer,
+            "/history.json": self._last_hour.answer,
         }
 
+    @property
+    def making(self) -> float:
+        """CPU time that took so far what is kept, in seconds."""
+        return self._metrics.making + self._now.making + self._last_hour.making
+
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        method = environ["REQUEST_METHOD"]
-        page = self._pages.get(environ["PATH_INFO"])
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        page = self._pages.get(path) or self._for_people.get(path)
         if page is None:
             status, headers, body = _text(HTTPStatus.NOT_FOUND, "not found")
         elif method not in METHODS:
             status, headers, body = _text(HTTPStatus.METHOD_NOT_ALLOWED, "read only")
             headers.append(("Allow", ", ".join(METHODS)))
+        elif path in self._for_people and not is_ours(environ.get("HTTP_HOST")):
+            status, headers, body = _text(HTTPStatus.FORBIDDEN, _BY_NAME)
         else:
             status, headers, body = page()
         start_response(status, [*headers, ("Content-Length", str(len(body)))])
         return [] if method == "HEAD" else [body]
+
+    def _page(self) -> Answer:
+        return _answer(HTTPStatus.OK, "text/html; charset=utf-8", PAGE, SAFETY)
 
     def _healthz(self) -> Answer:
         """Tell if the loop turns. Nothing else: whoever asks may restart the relay."""
@@ -246,15 +281,6 @@ class _Pages:
             "application/json",
             json.dumps(answer),
         )
-
-    def _metrics(self) -> Answer:
-        if self._metrics_answer is None or time.monotonic() >= self._metrics_until:
-            began = time.thread_time()
-            self._metrics_answer = self._render()
-            used = time.thread_time() - began
-            self.making_metrics += used
-            self._metrics_until = time.monotonic() + max(self._metrics_age, METRICS_REST * used)
-        return self._metrics_answer
 
     def _render(self) -> Answer:
         """Ask for one format, whatever the request says, as the answer is not for it alone.
@@ -273,12 +299,40 @@ class _Pages:
         return status, headers, body
 
 
+class _Kept:
+    """An answer that is made rarely, whoever asks: to make it takes more than to send it."""
+
+    def __init__(self, make: Callable[[], Answer], age: float) -> None:
+        self.making = 0.0  # CPU time that took so far
+        self._make = make
+        self._age = age
+        self._until = 0.0  # monotonic seconds
+        self._answer: Answer | None = None
+
+    def answer(self) -> Answer:
+        """Return the answer, made anew if it is too old."""
+        if self._answer is None or time.monotonic() >= self._until:
+            began = time.thread_time()
+            self._answer = self._make()
+            used = time.thread_time() - began
+            self.making += used
+            self._until = time.monotonic() + max(self._age, MAKING_REST * used)
+        return self._answer
+
+
 def _text(status: HTTPStatus, line: str) -> Answer:
     return _answer(status, "text/plain; charset=utf-8", line)
 
 
-def _answer(status: HTTPStatus, content_type: str, line: str) -> Answer:
-    return f"{status} {status.phrase}", [("Content-Type", content_type)], f"{line}\n".encode()
+def _json(value: object) -> Answer:
+    return _answer(HTTPStatus.OK, "application/json", as_json(value), SAFETY)
+
+
+def _answer(
+    status: HTTPStatus, content_type: str, text: str, more: Iterable[tuple[str, str]] = ()
+) -> Answer:
+    headers = [("Content-Type", content_type), *more]
+    return f"{status} {status.phrase}", headers, f"{text}\n".encode()
 
 
 # --- How it is served -----------------------------------------------------------------------
@@ -318,9 +372,12 @@ class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
             ),
         )
 
-    def serve_some(self) -> None:
-        """Wait for connections and read from each once; answer all probes, and some others."""
-        patience = 0.0 if self._others else self._patience()
+    def serve_some(self, longest: float) -> None:
+        """Wait for connections and read from each once; answer all probes, and some others.
+
+        It waits for *longest* seconds at most.
+        """
+        patience = 0.0 if self._others else min(longest, self._patience())
         wasyncore.loop(patience, use_poll=True, map=self._map, count=1)
         while self._probes:
             self._probes.popleft().answer()
@@ -350,10 +407,10 @@ class _Server(TcpWSGIServer):  # type: ignore[misc]  # waitress has no types
                 break
         self.rest()
 
-    def _patience(self) -> float | None:
+    def _patience(self) -> float:
         """Return the seconds until the oldest connection has to go."""
         oldest = next(iter(self.active_channels.values()), None)
-        return None if oldest is None else max(0.0, oldest.expires_at - time.monotonic())
+        return inf if oldest is None else max(0.0, oldest.expires_at - time.monotonic())
 
     def _end_connections(self) -> None:
         """Close those whose time is over, and the oldest if there are too many."""

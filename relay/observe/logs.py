@@ -10,6 +10,7 @@ from typing import Any, Final, TextIO
 from pythonjsonlogger.json import JsonFormatter
 
 from relay.observe.logratelimit import LogRateLimit
+from relay.observe.recent import RECENT
 
 
 def configure(log_format: str, levels: dict[str, int]) -> None:
@@ -23,7 +24,7 @@ def configure(log_format: str, levels: dict[str, int]) -> None:
     else:
         handler = _handler(descriptor)
         handler.setFormatter(_formatter(log_format, descriptor))
-    logging.root.handlers[:] = [handler]
+    logging.root.handlers[:] = [handler, RECENT]
     set_levels(levels)
 
 
