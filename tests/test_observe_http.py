@@ -249,7 +249,9 @@ def test_head_is_get_without_a_body(relay: Relay, path: str) -> None:
     assert re.search(rb"\r\nContent-Length: [1-9]", head)
 
 
-@pytest.mark.parametrize("path", ["/metric", "/metrics/", "/index.html", "//metrics/x", "/favicon.ico"])
+@pytest.mark.parametrize(
+    "path", ["/metric", "/metrics/", "/index.html", "//metrics/x", "/favicon.ico"]
+)
 def test_any_other_page_is_404(relay: Relay, path: str) -> None:
     assert relay.answers(path).status == 404
 

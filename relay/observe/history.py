@@ -39,10 +39,11 @@ class Sample(NamedTuple):
 class History:
     """The samples of the last hour, the oldest first."""
 
-    def __init__(self, status: Callable[[], Status]) -> None:
-        """Take samples of *status*."""
+    def __init__(self, status: Callable[[], Status], cpu_time: Callable[[], float]) -> None:
+        """Take samples of ``status()`` and ``cpu_time()``, which is in seconds."""
         self.samples: deque[Sample] = deque(maxlen=SAMPLES)
         self._status = status
+        self._cpu_time = cpu_time
         self._next = 0.0  # monotonic seconds
 
     def seconds_left(self, now: float) -> float:
@@ -53,16 +54,16 @@ class History:
         """Take a sample, if it is time."""
         if now >= self._next:
             self._next = now + PERIOD
-            self.samples.append(sample(self._status()))
+            self.samples.append(sample(self._status(), self._cpu_time()))
 
 
-def sample(status: Status) -> Sample:
-    """Return the counters of *status*, with the time and the CPU time of now."""
+def sample(status: Status, cpu: float) -> Sample:
+    """Return the counters of *status*, with the time of now."""
     up, down = to_peer(status), to_client(status)
     return Sample(
         round(time.time(), 3),
         status.allocations,
-        round(time.process_time(), 3),
+        round(cpu, 3),
         *(*up, *down),
         sum(dropped(status).values()),
         sum(status.responses.values()),

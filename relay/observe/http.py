@@ -78,6 +78,7 @@ class HealthServer:
         status: Callable[[], Status],
         *,
         version: str,
+        cpu_time: Callable[[], float] = time.process_time,
         on_start: Callable[[], None] = lambda: None,
         request_timeout: float = REQUEST_TIMEOUT,
         metrics_age: float = METRICS_AGE,
@@ -87,8 +88,8 @@ class HealthServer:
 
         A socket that is *listening* there already is used.
         ``::`` is every address of the machine, those of IPv4 included.
-        *status*, and *on_start* before anything else, are called in the thread of this
-        server; :meth:`start` waits for the latter.
+        *status*, *cpu_time* (in seconds, of the process), and *on_start* before anything else, are
+        called in the thread of this server; :meth:`start` waits for the last one.
         """
         registry = CollectorRegistry()
         registry.register(RelayCollector(status, version=version))
@@ -99,9 +100,9 @@ class HealthServer:
         self._is_leaving = False
         self._is_closed = False
         self._used = 0.0  # CPU time of the thread up to its last rest
-        self._status_page = StatusPage(status, version=version)
+        self.status_page = StatusPage(status, version=version, cpu_time=cpu_time)
         self._pages = _Pages(
-            status, version, make_wsgi_app(registry), metrics_age, self._status_page
+            status, version, make_wsgi_app(registry), metrics_age, self.status_page
         )
         self._server = _Server(
             _listen(host, port) if listening is None else listening,
@@ -125,7 +126,7 @@ class HealthServer:
 
     def show(self, about: About) -> None:
         """Show what is configured from here on."""
-        self._status_page.about = about
+        self.status_page.about = about
 
     def serve(self) -> None:
         """Accept connections from here on."""
@@ -169,7 +170,7 @@ class HealthServer:
             while not self._stopping.is_set():
                 if self._is_leaving and self._server.has_left():
                     break
-                history = self._status_page.history
+                history = self.status_page.history
                 history.sample_if_due(time.monotonic())
                 self._server.serve_some(history.seconds_left(time.monotonic()))
                 self._rest()

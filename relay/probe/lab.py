@@ -1,7 +1,8 @@
 """Where rules are tried: fresh clients of one server, peers, and the means to say what came.
 
-That something does *not* happen is told without waiting for it: after what must have no effect
-goes what must have one, on the same way, and once that has arrived the first has had its time.
+That something does *not* happen is told without waiting for it, where it can be: after what must
+have no effect goes what must have one, on the same way, and once that has arrived the first has had
+its time.
 """
 
 import os
@@ -230,6 +231,19 @@ class Lab:
         """Have a peer send to an allocation, and return what the client hears of that."""
         return self.reaches_client(
             allocation.link, payload, lambda: seen.peer.send(payload, allocation.relayed)
+        )
+
+    def comes_in(self, allocation: Allocation, seen: Seen, payload: bytes) -> bool:
+        """Have a peer send that has no permission; return whether the client hears it.
+
+        This is not told by what comes later: a permission may be there before the server reads
+        what was sent without it.
+        """
+        link = allocation.link
+        seen.peer.send(payload, allocation.relayed)
+        self.settle(link)
+        return wait(
+            [link], lambda: any(data.payload == payload for data in link.data), self._patience
         )
 
     def settle(self, link: Link) -> None:

@@ -38,6 +38,21 @@ class Browser(Program):
         super().__init__(kind, command, folder, {"HOME": str(home)})
 
 
+class Visitor(Program):
+    """A headless browser that visits pages. Its calls are those of ``web/visitor.mjs``."""
+
+    def __init__(self, kind: str, namespace: str | None, folder: Path) -> None:
+        """Take which one, where (None: here), and an empty *folder* for its home."""
+        home = folder / "home"
+        home.mkdir(parents=True)
+        command = [
+            *(() if namespace is None else ("ip", "netns", "exec", namespace)),
+            *("node", str(WEB / "visitor.mjs"), kind, f"/usr/bin/{PROGRAMS[kind]}"),
+            str(folder / "profile"),
+        ]
+        super().__init__(kind, command, folder, {"HOME": str(home)})
+
+
 def _add_to_store(store: Path, authority: Authority) -> None:
     store.mkdir(parents=True)
     certutil = ["certutil", "-d", f"sql:{store}"]

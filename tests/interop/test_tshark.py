@@ -229,7 +229,7 @@ class CapturedClient(TurnClient):
         assert refused.value.code == code
 
     def forgets_its_nonce(self) -> None:
-        self._nonce = b"of another relay"
+        self.client.nonce = b"of another relay"
 
 
 class TappedSocket(socket.socket):

@@ -6,39 +6,10 @@
 import { readFile } from "node:fs/promises";
 import { createServer } from "node:http";
 import { createInterface } from "node:readline";
-import puppeteer from "puppeteer-core";
+
+import { launch, say } from "./launch.mjs";
 
 const [browserName, executablePath, userDataDir] = process.argv.slice(2);
-
-const OPTIONS = {
-  chromium: {
-    browser: "chrome",
-    args: [
-      "--no-sandbox", // root has none
-      "--disable-gpu",
-      "--disable-quic",
-      "--no-first-run",
-      "--disable-background-networking",
-      "--disable-component-update",
-      "--disable-sync",
-      "--use-fake-device-for-media-stream",
-      "--use-fake-ui-for-media-stream",
-    ],
-  },
-  firefox: {
-    browser: "firefox",
-    extraPrefsFirefox: {
-      "media.navigator.streams.fake": true,
-      "media.navigator.permission.disabled": true,
-      "media.peerconnection.ice.obfuscate_host_addresses": false,
-      // It would look for updates, and so on.
-      "app.update.enabled": false,
-      "media.gmp-manager.updateEnabled": false,
-      "network.captive-portal-service.enabled": false,
-      "network.connectivity-service.enabled": false,
-    },
-  },
-};
 
 const TYPES = { html: "text/html", js: "text/javascript" };
 
@@ -52,14 +23,7 @@ async function serve(request, response) {
 
 const server = createServer(serve).listen(0, "127.0.0.1");
 await new Promise((resolve) => server.once("listening", resolve));
-const browser = await puppeteer.launch({
-  ...OPTIONS[browserName],
-  executablePath,
-  userDataDir,
-  headless: true,
-  pipe: browserName === "chromium",
-  protocolTimeout: 0, // whoever calls has the patience
-});
+const browser = await launch(browserName, executablePath, userDataDir);
 const page = await browser.newPage();
 page.on("console", (message) => console.error(message.text()));
 page.on("pageerror", (error) => console.error(error));
@@ -75,7 +39,3 @@ for await (const line of createInterface({ input: process.stdin })) {
 }
 await browser.close();
 server.close();
-
-function say(message) {
-  process.stdout.write(`${JSON.stringify(message)}\n`);
-}
