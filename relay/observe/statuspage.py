@@ -65,7 +65,6 @@ def _policy() -> str:
 
 SAFETY: Final[Headers] = [
     ("Content-Security-Policy", _policy()),
-    ("Cross-Origin-Opener-Policy", "same-origin"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Referrer-Policy", "no-referrer"),
     ("X-Content-Type-Options", "nosniff"),

@@ -6,7 +6,8 @@ import { createInterface } from "node:readline";
 
 import { launch, say } from "./launch.mjs";
 
-const browser = await launch(...process.argv.slice(2));
+const [browserName, executablePath, userDataDir] = process.argv.slice(2);
+const browser = await launch(browserName, executablePath, userDataDir);
 const page = await browser.newPage();
 const problems = []; // what the browser complains of
 const requests = new Set(); // all that it asks for
@@ -22,7 +23,8 @@ const calls = {
   async open(url, width, height, isDark) {
     await page.setViewport({ width, height, deviceScaleFactor: 1 });
     const scheme = isDark ? "dark" : "light";
-    await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: scheme }]);
+    if (browserName === "chromium") // Firefox cannot be told
+      await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: scheme }]);
     await page.goto(url);
   },
   evaluate: (expression) => page.evaluate(expression),
