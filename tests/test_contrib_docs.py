@@ -1,5 +1,6 @@
-"""The manual page, the completions and the README say what the parser says."""
+"""The manual page, the completions and the documents say what the parser says."""
 
+import ast
 import os
 import pty
 import re
@@ -17,6 +18,8 @@ from contrib.generate import HERE, choices, generated
 from relay.config.options import OPTIONS, Option
 from relay.config.reading import build_parser
 from relay.daemon import CAUGHT
+from relay.observe.counters import QUEUE_FULL
+from relay.turn.commands import Drop
 
 ROOT: Final = HERE.parent
 PAGE: Final = HERE / "man/firezone-relay.8"
@@ -85,12 +88,12 @@ def test_page_says_whether_an_option_reloads(option: Option) -> None:
     assert f".Fl -{option.name} " in (hangup if option.reloads else others)
 
 
-def test_page_has_the_exit_codes_of_the_readme_and_of_the_source() -> None:
+def test_page_has_the_exit_codes_of_the_documents_and_of_the_source() -> None:
     on_page = set(re.findall(r"^\.It (\d+)$", section("EXIT STATUS"), re.MULTILINE))
-    in_readme = set(re.findall(r"^\| (\d+) \|", README, re.MULTILINE))
+    in_documents = set(re.findall(r"^\| (\d+) \|", OPERATING, re.MULTILINE))
     names = {name for text in SOURCES for name in re.findall(r"os\.(EX_\w+)", text)}
 
-    assert on_page == in_readme == {str(getattr(os, name)) for name in names}
+    assert on_page == in_documents == {str(getattr(os, name)) for name in names}
 
 
 def test_page_has_every_signal_that_is_caught() -> None:
@@ -113,13 +116,13 @@ def test_page_quotes_what_the_log_says() -> None:
     assert [text for text in quoted if not any(text in source for source in SOURCES)] == []
 
 
-# --- The README -----------------------------------------------------------------------------
+# --- The documents --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", ALL_OPTIONS)
-def test_readme_has_a_row_for_the_option(option: Option) -> None:
+def test_there_is_a_row_for_the_option(option: Option) -> None:
     metavar = f" {option.metavar}" if option.metavar else ""
-    (variable, default) = readme_rows()[f"--{option.name}{metavar}"]
+    (variable, default) = option_rows()[f"--{option.name}{metavar}"]
 
     assert variable == f"`{option.variable}`"
     if option.default is None:
@@ -128,17 +131,54 @@ def test_readme_has_a_row_for_the_option(option: Option) -> None:
         assert default == f"`{option.default}`"
 
 
-def test_readme_has_no_row_for_what_is_no_option() -> None:
-    flags = {flag.partition(" ")[0] for flag in readme_rows()}
+def test_there_is_no_row_for_what_is_no_option() -> None:
+    flags = {flag.partition(" ")[0] for flag in option_rows()}
 
     assert flags <= set(all_flags(build_parser()))
 
 
-def readme_rows() -> dict[str, tuple[str, str]]:
+def test_every_metric_is_explained() -> None:
+    source = (ROOT / "relay/observe/exposition.py").read_text()
+    named = set(re.findall(r'"(relay_[a-z_]+)"', source))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if f"`{name}`" not in OPERATING] == []
+
+
+def test_every_reason_of_a_loss_is_explained() -> None:
+    reasons = [*(drop.value for drop in Drop), QUEUE_FULL]
+    assert [reason for reason in reasons if f"`{reason}`" not in OPERATING] == []
+
+
+@pytest.mark.parametrize("level", ["warning", "error", "exception"])
+def test_every_line_of_the_log_is_explained(level: str) -> None:
+    """Of those that an operator should look at: what is constant in them."""
+    said = [line for text in SOURCES for line in logged(text, level)]
+    assert said
+    assert [line for line in said if not is_explained(line)] == []
+
+
+def is_explained(line: str) -> bool:
+    """Tell if the page has what a line begins with, or another part of it that is constant."""
+    parts = [part.strip(" :;,()")[:25] for part in re.split(r"%[sdr]", line)]
+    constant = [part for part in parts if len(part) > 6]
+    return not constant or any(part in OPERATING for part in constant)
+
+
+def logged(source: str, level: str) -> Iterator[str]:
+    """Yield the format of each line that a module logs at a level."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="logger"), attr=attribute),
+                args=[ast.Constant(value=str(text)), *_],
+            ) if attribute == level:
+                yield text
+
+
+def option_rows() -> dict[str, tuple[str, str]]:
     """Return variable and default as they stand there, by flag with its metavar."""
     rows: dict[str, tuple[str, str]] = {}
-    _, _, options = README.partition("\n## Options\n")
-    for line in re.findall(r"^\| (`-.*) \|$", options.partition("\n## ")[0], re.MULTILINE):
+    for line in re.findall(r"^\| (`-.*) \|$", OPTIONS_PAGE, re.MULTILINE):
         cells = [cell.strip() for cell in line.split("|")]
         for flag in re.findall("`(.+?)`", cells[0]):
             assert flag not in rows
@@ -299,7 +339,8 @@ class Shell:
 
 # --- Helpers --------------------------------------------------------------------------------
 
-README: Final = (ROOT / "README.md").read_text()
+OPERATING: Final = (ROOT / "docs/operating.md").read_text()
+OPTIONS_PAGE: Final = (ROOT / "docs/options.md").read_text()
 SOURCES: Final = [path.read_text() for path in sorted((ROOT / "relay").rglob("*.py"))]
 
 

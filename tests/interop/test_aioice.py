@@ -22,7 +22,7 @@ from tests.process import RelayProcess, free_port
 
 pytestmark = pytest.mark.interop
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs/integrations/aioice.md"
 ASKS_FOR_IPV6 = 0x02000000  # REQUESTED-ADDRESS-FAMILY. RFC 8656 §18.6
 
 
@@ -47,8 +47,8 @@ async def test_peer_is_echoed_over_ipv6(
         await echo(alice, bob)
 
 
-def test_two_clients_say_hello_as_readme_has_it(relay: RelayProcess) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+def test_two_clients_say_hello_as_the_page_has_it(relay: RelayProcess) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     (program,) = [block for block in blocks if "import asyncio" in block]
     credential = (relay.username, relay.password)
     said = subprocess.run(
