@@ -15,7 +15,9 @@ ROOT: Final = CHECKOUT
 PAGES: Final = sorted(
     path
     for path in ROOT.rglob("*.md")
-    if not any(part.startswith(".") or part == "node_modules" for part in path.parts)
+    if not any(
+        part.startswith(".") or part == "node_modules" for part in path.relative_to(ROOT).parts
+    )
 )
 _PARSER: Final = MarkdownIt("commonmark").enable("table")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import PAGES, ROOT, Block, blocks
+from tests.interop.needs import needs_programs
 from tests.process import TIMEOUT, RelayProcess, environment, free_port
 
 HERE = "run in CI: tests/test_docs_commands.py"
@@ -67,6 +68,7 @@ HAVE_SOME = [page for page in PUBLISHED if any(block.mark == HERE for block in b
 @pytest.mark.slow
 @pytest.mark.parametrize("page", HAVE_SOME, ids=name_of)
 def test_the_commands_of_a_page(page: Path, folder: Path, relay: RelayProcess) -> None:
+    needs_programs("bash", "openssl")
     variables = {
         "TURN_URL": f"turn:127.0.0.1:{relay.port}?transport=udp",
         "USERNAME": relay.username,
