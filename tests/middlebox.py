@@ -76,9 +76,9 @@ class Middlebox:
     def _from_client(self, datagram: bytes, client: Address) -> None:
         if client not in self._clients:
             sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            sock.connect(self._server)
+            sock.bind(("127.0.0.1", 0))  # peers may send there, too
             self._clients[client] = sock
         for reply in self._replies(datagram):
             self._socket.sendto(reply, client)
         for forwarded in self._to_server(datagram):
-            self._clients[client].send(forwarded)
+            self._clients[client].sendto(forwarded, self._server)

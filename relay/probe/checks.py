@@ -249,11 +249,14 @@ class Checks:
             self._see_lifetime(alice)
         with self.check("forbidden peers"):
             self._see_forbidden_peers(lab)
-        flow = self._see_two_clients(lab, alice)
-        if flow is not None:
-            self._see_sizes(lab, flow)
+        flow = None
+        bob = self._see_two_clients(lab, alice)
+        if bob is not None:
+            flow = Flow(alice.link, CHANNEL, bob.link)
+            self._see_sizes(lab, alice.link, bob.link)
             self._see_indications(lab, alice)
-        self._see_peer(lab)
+        to_peer = self._see_peer(lab)
+        flow = flow or to_peer
         if flow is not None:
             self._measure(flow)
         with self.check("release"):
@@ -393,13 +396,14 @@ class Checks:
             text = f"users may send to {listed}"
             self._report.add("forbidden peers", State.WARNING, text, allowed=sorted(allowed))
 
-    def _see_two_clients(self, lab: Lab, alice: Allocation) -> Flow | None:
-        flows = []
+    def _see_two_clients(self, lab: Lab, alice: Allocation) -> Allocation | None:
+        """Connect another client with the first one, and return it if that works."""
+        connected = []
         with self.check("two clients"):
             bob = lab.allocation()
             self._connect_clients(lab, alice, bob)
-            flows.append(Flow(alice.link, CHANNEL, bob.link))
-        return flows[0] if flows else None
+            connected.append(bob)
+        return connected[0] if connected else None
 
     def _connect_clients(self, lab: Lab, alice: Allocation, bob: Allocation) -> None:
         """Bind channels from either of two clients to the other, and relay both ways."""
@@ -422,13 +426,13 @@ class Checks:
                 raise Broken("what should come on a channel comes in an indication")
         self._report.ok(name, "reach each other by channels, both ways")
 
-    def _see_sizes(self, lab: Lab, flow: Flow) -> None:
+    def _see_sizes(self, lab: Lab, one: Link, other: Link) -> None:
         with self.check("sizes"):
             carried = 0
             for size in SIZES:
                 payload = bytes(number % 251 for number in range(size))
                 try:
-                    lab.reaches_client(flow.sink, payload, _Sending(flow.source, payload))
+                    lab.reaches_client(other, payload, _Sending(one, payload))
                 except Broken:
                     break
                 carried = size
@@ -463,9 +467,10 @@ class Checks:
                 ) from None
             self._report.ok(name, "Send and Data indications are relayed, too")
 
-    def _see_peer(self, lab: Lab) -> None:
-        """Reach somebody who is not on the relay: this machine, without TURN."""
+    def _see_peer(self, lab: Lab) -> Flow | None:
+        """Reach somebody who is not on the relay: this machine, without TURN. Return the way."""
         name = "peer outside"
+        flows: list[Flow] = []
         with self.check(name):
             alice = lab.allocation()  # whom nobody has a permission to send to
             if (":" in alice.relayed[0]) != (":" in self._server[0]):
@@ -477,12 +482,14 @@ class Checks:
             if answer.code == ErrorCode.FORBIDDEN:
                 host = seen.address[0]
                 text = f"cannot be tried: {host}, this machine, is refused as a peer (403)"
-                self._report.add(name, State.SKIPPED, text)
-                return
+                raise Inapplicable(text)
             expect_success(answer)
-            self._exchange_with_peer(lab, alice, seen)
+            if self._exchange_with_peer(lab, alice, seen):
+                flows.append(Flow(alice.link, PEERS_CHANNEL, seen.peer))
+        return flows[0] if flows else None
 
-    def _exchange_with_peer(self, lab: Lab, alice: Allocation, seen: Seen) -> None:
+    def _exchange_with_peer(self, lab: Lab, alice: Allocation, seen: Seen) -> bool:
+        """Send both ways; return whether the peer is reached. Raises Broken."""
         name = "peer outside"
         is_sent = self._is_relayed_to_peer(lab, alice, seen)
         try:
@@ -506,6 +513,7 @@ class Checks:
             raise Broken("what a client sends does not reach a peer")
         else:
             self._report.ok(name, "is reached, and comes in once it is permitted")
+        return is_sent
 
     def _is_relayed_to_peer(self, lab: Lab, alice: Allocation, seen: Seen) -> bool:
         payload = b"to a peer"

@@ -167,6 +167,12 @@ class Link:
         if self._unsent:
             self._send_stream()
 
+    def payloads(self) -> list[bytes]:
+        """Return what has come from peers since the last time, and forget it."""
+        found = [data.payload for data in self.data]
+        self.data.clear()
+        return found
+
     def fileno(self) -> int:
         """Return the descriptor that becomes readable."""
         return self.socket.fileno()
@@ -245,6 +251,8 @@ class Link:
 class Peer:
     """A UDP socket that knows nothing of TURN. What comes to it is in :attr:`received`."""
 
+    is_stream = False
+
     def __init__(self, host: str, port: int = 0) -> None:
         """Bind it to an address of this machine. Raises OSError."""
         self.socket = _udp_socket(host)
@@ -272,6 +280,12 @@ class Peer:
         """Where it is, as this machine sees it."""
         host, port = self.socket.getsockname()[:2]
         return host, port
+
+    def payloads(self) -> list[bytes]:
+        """Return what has come since the last time, and forget it."""
+        found = [payload for payload, _ in self.received]
+        self.received.clear()
+        return found
 
     def send(self, payload: bytes, to: Address) -> None:
         """Send a datagram; what the kernel does not take is lost."""

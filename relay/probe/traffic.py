@@ -1,8 +1,8 @@
 """How well a relay carries a flow: latency, jitter, loss, and the rate at which loss begins.
 
 A flow goes from one client by its channel to another allocation of the same server and comes out
-at that one's client, so both ends are here and share a clock: what is measured is the way to the
-relay, through it, and back.
+at that one's client, or where that cannot be to a peer on this machine. So both ends are here and
+share a clock: what is measured is the way to the relay, through it, and back.
 """
 
 import select
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from relay.net.buffers import overflows_of
-from relay.probe.link import Link
+from relay.probe.link import Link, Peer
 
 SLACK: Final = 0.5  # seconds that the last datagrams may take longer than all before
 MOST_AT_ONCE: Final = 64  # datagrams; then there is a look at what has come back
@@ -31,8 +31,8 @@ class Flow:
     """A way through the relay."""
 
     source: Link
-    channel: int  # of the source, bound to the relayed address of the sink
-    sink: Link
+    channel: int  # of the source, bound to the sink, or to its relayed address
+    sink: Link | Peer
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class Ramp:
 def send(flow: Flow, rate: float, seconds: float, size: int) -> Sample:
     """Send at an even *rate* for so many *seconds*, and see what comes of it. Raises LinkError."""
     run = _Run(flow, Sample(rate, max(size, SHORTEST)), max(1, round(rate * seconds)))
-    flow.sink.data.clear()
+    flow.sink.payloads()
     overflows = 0 if flow.sink.is_stream else overflows_of(flow.sink.socket)
     poller = select.poll()
     poller.register(flow.sink, select.POLLIN)
@@ -93,7 +93,7 @@ def send(flow: Flow, rate: float, seconds: float, size: int) -> Sample:
         if poller.poll(max(0.0, run.next_due() - time.monotonic()) * 1000):
             run.take()
         for end in (flow.source, flow.sink):
-            if end.error is not None and end.is_stream:
+            if isinstance(end, Link) and end.error is not None and end.is_stream:
                 raise end.error
     sample = run.sample
     sample.fell_behind = sample.seconds > _FALLS_BEHIND * (sample.sent - 1) / rate
@@ -143,8 +143,7 @@ class _Run:
         now = time.monotonic()
         sink, sample = self._flow.sink, self.sample
         sink.handle_readable(now)
-        while sink.data:
-            payload = sink.data.popleft().payload
+        for payload in sink.payloads():
             if len(payload) < SHORTEST or payload[:4] != self._name:
                 continue
             number = _NUMBER.unpack_from(payload)[1]
