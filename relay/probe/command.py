@@ -14,7 +14,7 @@ from relay.probe.checks import Checks, Options
 from relay.probe.client import Credential
 from relay.probe.findings import Report, State
 from relay.probe.output import Lines, as_json, summary
-from relay.probe.rules import RULES, Outcome, try_rule
+from relay.probe.rules import RULES, Outcome, Verdict, try_rule
 from relay.probe.target import (
     Target,
     TargetError,
@@ -72,11 +72,12 @@ def main(argv: Sequence[str]) -> int:
         if not arguments.json:
             lines.end(f"  {summary(report, outcomes)}")
     if arguments.json:
-        lines.end("")
+        lines.fall_silent()
         print(as_json(results))
     bad = {State.FAILED, State.WARNING} if arguments.strict else {State.FAILED}
     is_bad = any(report.worst in bad for _, report, _ in results) or (
-        arguments.strict and any(each.came for _, _, outcomes in results for each in outcomes)
+        arguments.strict
+        and any(each.verdict is Verdict.BROKEN for _, _, outcomes in results for each in outcomes)
     )
     return BROKEN if is_bad else os.EX_OK
 

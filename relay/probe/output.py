@@ -63,6 +63,10 @@ class Lines:
         """Say what comes of it all."""
         self._write(f"{self._clear()}{text}\n")
 
+    def fall_silent(self) -> None:
+        """Take back what is being done."""
+        self._write(self._clear())
+
     def _line(self, state: State, name: str, text: str) -> None:
         word = f"{state.value:<{STATE_WIDTH}}"
         if self._has_colours:

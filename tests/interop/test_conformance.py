@@ -115,7 +115,7 @@ def rules_of(url: str, secret: Path | None, *arguments: str) -> dict[str, str]:
     """Return the cell of each rule for a server."""
     credential = () if secret is None else (f"--auth-secret-file={secret}",)
     ended = probe(url, *credential, *arguments, "--conformance", "--json")
-    assert ended.stderr == "\n"
+    assert ended.stderr == ""
     return read(ended.stdout)
 
 
