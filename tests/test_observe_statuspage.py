@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from relay.observe.recent import LINES, LONGEST, RecentLines
 from relay.observe.statuspage import PAGE, SAFETY, About, StatusPage, as_json, is_ours
 from tests.certificates import Authority
 from tests.probes import QUIET, ask
+from tests.process import RelayProcess, free_port, free_tcp_port
 
 FOR_PEOPLE = ("/", "/status.json", "/history.json")
 
@@ -254,3 +256,19 @@ def test_a_token_in_the_environment_is_set_and_not_shown() -> None:
 def test_what_differs_from_the_default(argument: str, shown: dict[str, Any]) -> None:
     config = read(["-c", os.devnull, "--public-ip4-addr=192.0.2.1", argument], {}).config
     assert dict(differences(config)) == {"public-ip4-addr": "192.0.2.1", **shown}
+
+
+def test_a_reload_shows_on_the_page(tmp_path: Path) -> None:
+    file, http = tmp_path / "relay.conf", free_tcp_port()
+    file.write_text("drain-timeout = 7\n")
+    same_user = ("--user=root",) if os.geteuid() == 0 else ()  # nobody else may read that file
+    arguments = (f"--config={file}", f"--http-addr=127.0.0.1:{http}", *same_user)
+    with RelayProcess(*arguments, port=free_port()) as relay:
+        shown = json.loads(ask(http, "/status.json")[1])
+        assert shown["urls"] == relay.urls
+        assert ["drain-timeout", "7"] in shown["options"]
+        file.write_text("drain-timeout = 8\n")
+        relay.signals(signal.SIGHUP)
+        relay.logs("reloaded; changed: drain-timeout")
+        while ["drain-timeout", "8"] not in shown["options"]:  # what is said may be a second old
+            shown = json.loads(ask(http, "/status.json")[1])
