@@ -574,6 +574,7 @@ class Network:
         self.occupied: set[tuple[Family, int]] = set()  # held by other processes
         self.failure: int | None = None  # an errno with which every open fails
         self.failing = set(Family)  # in these families
+        self.on_open: Callable[[], None] = lambda: None  # while a socket is opened
         self.is_full = False  # takes no datagram
         self.takes = 1000  # at most this many datagrams at once
         self.at_once: list[int] = []  # how many datagrams were sent in each call
@@ -583,6 +584,7 @@ class Network:
 
     def open_socket(self, family: Family, port: int, receiver: Receiver) -> "FakeSocket":
         self.tried.append(port)
+        self.on_open()
         if self.failure is not None and family in self.failing:
             raise OSError(self.failure, "as the test wants it")
         if (family, port) in self.occupied or (family, port) in self.sockets:

@@ -83,6 +83,15 @@ def test_lifetime_does_not_depend_on_the_clock(relay: Scenario) -> None:
         assert answer.get(Attr.LIFETIME) == 600
 
 
+def test_lifetime_does_not_depend_on_how_long_it_takes_to_open_a_port(relay: Scenario) -> None:
+    def takes_a_while() -> None:
+        relay.time.now += 0.05
+
+    relay.network.on_open = takes_a_while
+    answer = relay.client("192.0.2.10:5000").asks(Method.ALLOCATE, UDP)
+    assert answer.get(Attr.LIFETIME) == 600
+
+
 def test_allocations_of_different_lifetimes_end_without_any_traffic(relay: Scenario) -> None:
     relay.client("192.0.2.10:5000").allocates(lifetime=3600)
     relay.client("192.0.2.11:5000").allocates(lifetime=60)

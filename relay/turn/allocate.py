@@ -69,7 +69,7 @@ class AllocationHandler:
             if (existing.transaction_id, existing.user) != (message.transaction_id, request.user):
                 raise Refused(ErrorCode.ALLOCATION_MISMATCH, "this 5-tuple has an allocation")
             # "The server MAY ... resend the success response": ours got lost on its way.
-            self._succeed(request, existing)
+            self._succeed(request, existing, request.now)
             return
         if state.tables.ended.has(client, Method.ALLOCATE, message.transaction_id):
             raise Refused(ErrorCode.ALLOCATION_MISMATCH, "what this Allocate made is gone")
@@ -156,7 +156,7 @@ class AllocationHandler:
         logger.debug(
             "%s allocates port %d for %d s", request.client[0], opening.port, opening.lifetime
         )
-        self._succeed(request, allocation)
+        self._succeed(request, allocation, now)
 
     def _tries_another(self, opening: _Opening, families: tuple[Family, ...]) -> bool:
         """Open another port instead of one that could be bound in these *families* only."""
@@ -300,14 +300,14 @@ class AllocationHandler:
         logger.debug("%s takes over from %s", request.client[0], other.client[0])
         self._state.tables.delete(other)
 
-    def _succeed(self, request: Request, allocation: Allocation) -> None:
+    def _succeed(self, request: Request, allocation: Allocation, now: float) -> None:
         """RFC 8656 §7.2, the success response; §18.12 for the family that is missing."""
         public_hosts = self._state.settings.public_hosts
         attributes: Attributes = [
             (Attr.XOR_RELAYED_ADDRESS, (public_hosts[family], allocation.port))
             for family in allocation.families
         ]
-        left = max(allocation.expires_at.values()) - request.now
+        left = max(allocation.expires_at.values()) - now
         attributes += [
             (Attr.XOR_MAPPED_ADDRESS, request.mapped_address),
             (Attr.LIFETIME, max(ceil(left - _ROUNDING), 1)),  # it has not ended yet
