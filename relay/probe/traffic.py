@@ -21,7 +21,7 @@ MOST_AT_ONCE: Final = 64  # datagrams; then there is a look at what has come bac
 FIRST_RATE: Final = 250  # datagrams per second
 STEP_SECONDS: Final = 0.6  # at each rate
 CLEAN_LOSS: Final = 0.002  # of the datagrams: below that a rate counts as carried
-_FALLS_BEHIND: Final = 1.2  # times the seconds that sending should take
+_FALLS_BEHIND: Final = 1.5  # times the seconds that sending should take
 _NUMBER: Final = struct.Struct("!4sI")  # which run, which datagram
 SHORTEST: Final = _NUMBER.size
 
@@ -173,9 +173,10 @@ def raise_rate(
             return Ramp(carried, None, "this machine cannot receive faster")
         if sample.loss > CLEAN_LOSS:
             return Ramp(carried, sample, None)
-        if sample.fell_behind:
-            return Ramp(carried, None, "this machine cannot send faster")
         carried = sample
+        if sample.fell_behind:
+            carried.rate = sample.sent / sample.seconds
+            return Ramp(carried, None, "this machine cannot send faster")
         if rate >= highest:
             return Ramp(carried, None, "that is as far as it was tried")
         rate = min(2 * rate, highest)
