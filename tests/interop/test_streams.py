@@ -6,6 +6,7 @@ import re
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from tests.interop.needs import missing, needs_programs
 from tests.interop.program import Program, connect
 from tests.interop.test_coturn_clients import all_of, echo_peer, numbers, to, uclient
 from tests.interop.test_stacks import MESSAGES, pion
-from tests.process import RelayProcess, free_tcp_port
+from tests.process import TIMEOUT, RelayProcess, free_tcp_port
 from tests.turnclient import StreamClient
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -279,7 +280,8 @@ def running(command: list[str]) -> Iterator[None]:
 
 def until_listening(port: int) -> None:
     """Knock until somebody opens."""
-    for _ in range(10_000):
+    give_up_at = time.monotonic() + TIMEOUT
+    while time.monotonic() < give_up_at:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
