@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.config.differences import differences
-from relay.config.options import OPTIONS
+from relay.config.options import OPTIONS, Option
 from relay.config.reading import read
 from relay.observe.counters import Connections, Counters, InKernel, Relayed
 from relay.observe.history import PERIOD, SAMPLES, History, Sample
@@ -236,6 +236,34 @@ def test_no_secret_is_shown(tmp_path: Path) -> None:
     assert {name for name, value in shown if value == "set"} == set(contents)
     text = json.dumps(shown)
     assert not any(word in text for word in (secret, str(tmp_path), "alice", "PRIVATE"))
+
+
+# Whoever adds an option decides if its text may be on the page, and says so here or there.
+SHOWN = {
+    *("public-ip4-addr", "public-ip6-addr", "bind-ip4-addr", "bind-ip6-addr", "listen-port"),
+    *("lowest-port", "highest-port", "tcp-port", "tls-port", "proxy-protocol-from", "api-url"),
+    *("name", "realm", "print-credential", "allow-peer", "deny-peer", "refused-peers"),
+    *("send-indications", "one-allocation-per-username", "max-allocations"),
+    *("max-allocations-per-username", "max-allocations-per-ip", "max-channels-per-allocation"),
+    *("max-connections", "max-connections-per-ip", "unauthenticated-rate"),
+    *("unauthenticated-rate-per-prefix", "log-format", "log-level", "http-addr", "harden"),
+    *("drain-timeout", "channel-range", "offload", "copy-tos", "xdp", "xdp-device", "software"),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=[option.name for option in OPTIONS])
+def test_no_text_is_shown_but_of_options_that_say_nothing_of_a_secret(option: Option) -> None:
+    config = read(["-c", os.devnull, "--public-ip4-addr=192.0.2.1"], {}).config
+    text = "c4n4ry"
+    shown = dict(differences(replace(config, texts={option.name: (text,)})))
+    assert shown == {option.name: text if option.name in SHOWN else "set"}
+
+
+def test_the_seed_of_all_secrets_is_not_shown() -> None:
+    """With it, and the program, anybody could make credentials."""
+    arguments = ["-c", os.devnull, "--public-ip4-addr=192.0.2.1", "--rng-seed=8656", "--user=0"]
+    shown = dict(differences(read(arguments, {}).config))
+    assert shown == {"public-ip4-addr": "192.0.2.1", "user": "set", "rng-seed": "set"}
 
 
 def test_a_token_in_the_environment_is_set_and_not_shown() -> None:

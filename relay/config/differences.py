@@ -4,7 +4,9 @@ from relay.config.model import Config
 from relay.config.options import OPTIONS
 
 SET = "set"
-"""Stands for a file: its name says nothing, and what is in it may be a secret."""
+"""Stands for a file, whose name says nothing and what is in it may be a secret; and for a text
+from which follows what nobody else may know.
+"""
 
 
 def differences(config: Config) -> list[tuple[str, str]]:
@@ -13,7 +15,8 @@ def differences(config: Config) -> list[tuple[str, str]]:
     for option in OPTIONS:
         written = config.texts.get(option.name, ())
         if written and written != (option.default,):
-            found.append((option.name, SET if option.in_file else ", ".join(written)))
+            is_hidden = option.in_file or option.is_private
+            found.append((option.name, SET if is_hidden else ", ".join(written)))
     if config.token is not None and not config.texts.get("token-file"):
         found.append(("token", SET))
     return found

@@ -52,6 +52,7 @@ class Option:
     reloads: bool = False  # SIGHUP changes it in the running relay
     in_file: bool = False  # its text names a file, and *parse* gets what is in there
     is_secret: bool = False  # what is in that file is nobody else's business
+    is_private: bool = False  # its text is for the operator alone, not for the status page
 
     @property
     def dest(self) -> str:
@@ -477,6 +478,7 @@ OPTIONS: Final = (
         RUNNING,
         metavar="USER",
         field="user",
+        is_private=True,  # it names an account of this machine
     ),
     Option(
         "drain-timeout",
@@ -562,5 +564,6 @@ OPTIONS: Final = (
         SPECIAL,
         metavar="NUMBER",
         field="rng_seed",
+        is_private=True,  # from which follows the secret of all credentials
     ),
 )
