@@ -170,12 +170,19 @@ class HealthServer:
             while not self._stopping.is_set():
                 if self._is_leaving and self._server.has_left():
                     break
+                self._sample_if_due()
                 history = self.status_page.history
-                history.sample_if_due(time.monotonic())
                 self._server.serve_some(history.seconds_left(time.monotonic()))
                 self._rest()
         except Exception:
             logger.exception("the thread for HTTP is stopped by a bug")
+
+    def _sample_if_due(self) -> None:
+        """Take a sample for the charts. If it fails there is one less, and probes go on."""
+        try:
+            self.status_page.history.sample_if_due(time.monotonic())
+        except Exception:
+            logger.exception("no sample for the status page; this is a bug")
 
     def _rest(self) -> bool:
         """Leave the interpreter to the reactor, if it is time, and tell if it was.
