@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.config.differences import differences
+from relay.config.model import ConfigError
 from relay.config.options import OPTIONS, Option
 from relay.config.reading import read
 from relay.observe.counters import Connections, Counters, InKernel, Relayed
+from relay.observe.exposition import Status
 from relay.observe.history import PERIOD, SAMPLES, History, Sample
 from relay.observe.http import HealthServer
 from relay.observe.recent import LINES, LONGEST, RecentLines
@@ -190,6 +192,27 @@ def test_the_thread_takes_samples_by_itself(server: HealthServer) -> None:
     assert ask(server.address[1], "/status.json")[0] == 200
 
 
+def test_a_bug_in_a_sample_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever gets no answer from /healthz may restart a relay that is well."""
+    bugs = [ZeroDivisionError("a bug")]
+
+    def status() -> Status:
+        if bugs:
+            raise bugs.pop()
+        return QUIET
+
+    server = HealthServer("127.0.0.1", 0, status, version="1.2.3")
+    server.start()
+    try:
+        assert ask(server.address[1], "/healthz") == (200, b"ok\n")
+    finally:
+        server.stop()
+    assert bugs == []
+    assert [record.getMessage() for record in caplog.records] == [
+        "no sample for the status page; this is a bug"
+    ]
+
+
 # --- What is not ----------------------------------------------------------------------------
 
 
@@ -198,13 +221,50 @@ def test_lines_of_level_warning_the_latest_first() -> None:
     logger = logging.Logger("relay.test")
     logger.addHandler(recent)
     logger.info("nothing to see")
-    for number in range(LINES + 5):
-        logger.warning("line %d", number)
-    assert [line.text for line in recent.lines] == [f"line {n}" for n in range(LINES + 4, 4, -1)]
+    letters = "abcdefghijklmnopq"[: LINES + 5]
+    for letter in letters:
+        logger.warning("line %s", letter)
+    assert [line.text for line in recent.lines] == [f"line {c}" for c in letters[:4:-1]]
     logger.error("%s", "x" * 2 * LONGEST)
     assert (recent.lines[0].level, len(recent.lines[0].text)) == ("ERROR", LONGEST)
     logger.warning("%d", "no number")
     assert recent.lines[0].text == "%d"
+
+
+def test_a_line_that_comes_often_drives_out_no_other() -> None:
+    recent = RecentLines()
+    logger = logging.Logger("relay.test")
+    logger.addHandler(recent)
+    logger.warning("the certificate for TLS ends in %d days", 12)
+    for port in range(49152, 49152 + 2 * LINES):
+        logger.warning("cannot open relay port %d: %s", port, "Address already in use")
+    often, once = recent.lines
+    assert often.text == f"cannot open relay port {49151 + 2 * LINES}: Address already in use"
+    assert (often.times, once.times) == (2 * LINES, 1)
+
+
+@pytest.mark.parametrize(
+    "typed", ["s3cr3t", "it's s3cr3t", 'a "s3cr3t"', "\\'s3cr3t\"", "s3cr3t\n"]
+)
+def test_a_secret_typed_where_its_file_belongs_is_in_no_line(typed: str) -> None:
+    """The relay says so on a reload, and quotes it."""
+    recent = RecentLines()
+    logger = logging.Logger("relay.daemon")
+    logger.addHandler(recent)
+    with pytest.raises(ConfigError) as caught:
+        read(["-c", os.devnull, f"--auth-secret-file={typed}"], {})
+    logger.error("not reloaded, all stays as it was: %s", caught.value)
+    (line,) = recent.lines
+    assert line.text.startswith("not reloaded, all stays as it was: auth-secret-file '…': ")
+    assert "s3cr3t" not in line.text
+
+
+def test_an_apostrophe_is_no_quotation() -> None:
+    recent = RecentLines()
+    logger = logging.Logger("relay.net")
+    logger.addHandler(recent)
+    logger.warning("this host's addresses, and the kernel's: all of them")
+    assert recent.lines[0].text == "this host's addresses, and the kernel's: all of them"
 
 
 def test_no_line_that_names_a_client() -> None:
