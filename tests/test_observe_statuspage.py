@@ -24,7 +24,17 @@ from relay.observe.exposition import Status
 from relay.observe.history import PERIOD, SAMPLES, History, Sample
 from relay.observe.http import HealthServer
 from relay.observe.recent import LINES, LONGEST, RecentLines
-from relay.observe.statuspage import PAGE, SAFETY, About, StatusPage, as_json, is_ours
+from relay.observe.statuspage import (
+    ETAG,
+    FRESH,
+    LASTING,
+    PAGE,
+    SAFETY,
+    About,
+    StatusPage,
+    as_json,
+    is_ours,
+)
 from tests.certificates import Authority
 from tests.probes import QUIET, ask
 from tests.process import RelayProcess, free_port, free_tcp_port
@@ -86,18 +96,33 @@ def test_the_page_is_for_who_asks_by_address(server: HealthServer, path: str) ->
     status, head, body = fetch(server, path, "127.0.0.1:8080")
     assert status == 200
     assert body
-    for name, value in SAFETY:
-        assert f"{name}: {value}" in head
+    for name, value in [*SAFETY, *(LASTING if path == "/" else FRESH)]:
+        assert f"{name}: {value}\r\n".lower() in f"{head}\r\n".lower()
     assert fetch(server, path, "localhost", "HEAD")[::2] == (200, "")
     assert fetch(server, path, "localhost", "POST")[0] == 405
 
 
 @pytest.mark.parametrize("path", FOR_PEOPLE)
 def test_who_asks_by_a_name_is_told_what_to_do(server: HealthServer, path: str) -> None:
-    status, _, body = fetch(server, path, "evil.example")
+    status, head, body = fetch(server, path, "evil.example")
     assert status == 403
+    assert "X-Content-Type-Options: nosniff" in head
     assert "ask for it by address, or as localhost" in body
     assert "allocations" not in body
+
+
+@pytest.mark.parametrize(
+    ("etags", "status"),
+    [(ETAG, 304), (f'"old", W/{ETAG}', 304), ("*", 304), ('"old"', 200), ("", 200)],
+)
+def test_who_has_the_page_need_not_be_sent_it_again(
+    server: HealthServer, etags: str, status: int
+) -> None:
+    answer, head, body = fetch(server, "/", f"localhost\r\nIf-None-Match: {etags}")
+    assert (answer, bool(body)) == (status, status == 200)
+    assert f"etag: {ETAG}" in head.lower()
+    assert fetch(server, "/", f"evil.example\r\nIf-None-Match: {etags}")[0] == 403
+    assert fetch(server, "/status.json", f"localhost\r\nIf-None-Match: {etags}")[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
@@ -111,6 +136,7 @@ def test_probes_may_ask_by_any_name(server: HealthServer, path: str) -> None:
 def test_a_browser_lets_it_run_and_ask_nothing_else() -> None:
     policy = dict(SAFETY)["Content-Security-Policy"]
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert "unsafe" not in policy
     assert rules["default-src"] == "'none'"
     assert rules["connect-src"] == "'self'"
     for name in ("script-src", "style-src"):

@@ -39,7 +39,18 @@ from waitress.server import TcpWSGIServer
 
 from relay.observe.exposition import RelayCollector, Status
 from relay.observe.history import PERIOD
-from relay.observe.statuspage import PAGE, SAFETY, About, Headers, StatusPage, as_json, is_ours
+from relay.observe.statuspage import (
+    FRESH,
+    LASTING,
+    PAGE,
+    SAFETY,
+    About,
+    Headers,
+    StatusPage,
+    as_json,
+    is_known,
+    is_ours,
+)
 
 logger = logging.getLogger("relay.observe")
 
@@ -266,13 +277,17 @@ class _Pages:
             headers.append(("Allow", ", ".join(METHODS)))
         elif path in self._for_people and not is_ours(environ.get("HTTP_HOST")):
             status, headers, body = _text(HTTPStatus.FORBIDDEN, _BY_NAME)
+            headers += SAFETY
+        elif path == "/" and is_known(environ.get("HTTP_IF_NONE_MATCH")):
+            start_response(_line(HTTPStatus.NOT_MODIFIED), [*SAFETY, *LASTING])
+            return []
         else:
             status, headers, body = page()
         start_response(status, [*headers, ("Content-Length", str(len(body)))])
         return [] if method == "HEAD" else [body]
 
     def _page(self) -> Answer:
-        return _answer(HTTPStatus.OK, "text/html; charset=utf-8", PAGE, SAFETY)
+        return _PAGE
 
     def _healthz(self) -> Answer:
         """Tell if the loop turns. Nothing else: whoever asks may restart the relay."""
@@ -333,14 +348,21 @@ def _text(status: HTTPStatus, line: str) -> Answer:
 
 
 def _json(value: object) -> Answer:
-    return _answer(HTTPStatus.OK, "application/json", as_json(value), SAFETY)
+    return _answer(HTTPStatus.OK, "application/json", as_json(value), (*SAFETY, *FRESH))
 
 
 def _answer(
     status: HTTPStatus, content_type: str, text: str, more: Iterable[tuple[str, str]] = ()
 ) -> Answer:
     headers = [("Content-Type", content_type), *more]
-    return f"{status} {status.phrase}", headers, f"{text}\n".encode()
+    return _line(status), headers, f"{text}\n".encode()
+
+
+def _line(status: HTTPStatus) -> str:
+    return f"{status} {status.phrase}"
+
+
+_PAGE: Final = _answer(HTTPStatus.OK, "text/html; charset=utf-8", PAGE, (*SAFETY, *LASTING))
 
 
 # --- How it is served -----------------------------------------------------------------------

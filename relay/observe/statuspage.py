@@ -52,8 +52,6 @@ def _policy() -> str:
         [
             "default-src 'none'",
             *(f"{name} {hashes}" for name, hashes in sources.items()),
-            # Of the chart's lines and the bars: values that the script sets.
-            "style-src-attr 'unsafe-inline'",
             "img-src data:",
             "connect-src 'self'",
             "base-uri 'none'",
@@ -69,9 +67,15 @@ SAFETY: Final[Headers] = [
     ("Referrer-Policy", "no-referrer"),
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
-    ("Cache-Control", "no-store"),
 ]
 """Headers of all that a browser is to show."""
+
+FRESH: Final[Headers] = [("Cache-Control", "no-store")]
+"""Of what is another thing at every moment."""
+
+ETAG: Final = f'"{hashlib.sha256(PAGE.encode()).hexdigest()[:32]}"'
+LASTING: Final[Headers] = [("Cache-Control", "no-cache"), ("ETag", ETAG)]
+"""Of the page, which is the same for as long as the program is: a browser asks if it still is."""
 
 
 class StatusPage:
@@ -146,6 +150,13 @@ def is_ours(host: str | None) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_known(etags: str | None) -> bool:
+    """Tell if an If-None-Match header says that the page is there already. RFC 9110 §13.1.2."""
+    if etags is None:
+        return False
+    return bool({tag.strip().removeprefix("W/") for tag in etags.split(",")} & {ETAG, "*"})
 
 
 def as_json(value: object) -> str:
