@@ -97,11 +97,11 @@ class MadeUp:
         self._up = self._down = self._lost = self._answered = 0.0
         self._cpu = 0.0
         self._calls = 55.0
-        self._at = time.time()
+        self._at = time.monotonic()
 
     def hour(self) -> list[Sample]:
         """Return the samples of the last hour."""
-        began = time.time() - (SAMPLES - 1) * PERIOD
+        began = time.monotonic() - (SAMPLES - 1) * PERIOD
         samples = []
         for number in range(SAMPLES - 1):
             self._pass(PERIOD, number / SAMPLES)
@@ -111,7 +111,7 @@ class MadeUp:
 
     def status(self) -> Status:
         """Return what the relay is at this moment."""
-        now = time.time()
+        now = time.monotonic()
         self._pass(now - self._at, 1.0)
         self._at = now
         answered = int(self._answered)

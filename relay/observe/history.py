@@ -25,7 +25,7 @@ class Traffic(NamedTuple):
 class Sample(NamedTuple):
     """The counters at one moment, since the start. The page knows them by these names."""
 
-    t: float  # Unix time
+    t: float  # monotonic seconds: nobody sets that clock
     allocations: int  # at that moment
     cpu: float  # seconds of the whole process
     upDatagrams: int  # noqa: N815  # to peers
@@ -61,7 +61,7 @@ def sample(status: Status, cpu: float) -> Sample:
     """Return the counters of *status*, with the time of now."""
     up, down = to_peer(status), to_client(status)
     return Sample(
-        round(time.time(), 3),
+        round(time.monotonic(), 3),
         status.allocations,
         round(cpu, 3),
         *(*up, *down),

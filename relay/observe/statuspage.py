@@ -104,7 +104,7 @@ class StatusPage:
         return {
             "version": self._version,
             "python": platform.python_version(),
-            "now": round(time.time(), 3),
+            "clock_seconds": round(time.monotonic(), 3),  # that of the samples
             "uptime_seconds": round(time.monotonic() - self.started, 3),
             "ready": status.unready is None,
             "reason": status.unready,
