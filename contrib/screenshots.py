@@ -25,10 +25,10 @@ from tests.interop.needs import needs_packages
 from tests.probes import QUIET
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-PICTURES = {  # name: width, height, dark
-    "status": (1180, 1130, False),
-    "status-dark": (1180, 1130, True),
-    "status-phone": (390, 1100, True),
+PICTURES = {  # name: width, height, dark; each ends between two cards
+    "status": (1180, 922, False),
+    "status-dark": (1180, 922, True),
+    "status-phone": (360, 1075, True),
 }
 UPTIME = 3 * 86400 + 7 * 3600  # seconds
 PAYLOAD = 620  # bytes of a datagram, on average
@@ -118,11 +118,9 @@ class MadeUp:
         counters = Counters()
         counters.to_peer[PAYLOAD] = int(self._up)
         counters.to_client[PAYLOAD] = int(self._down)
+        shares_lost = {"unbound_channel": 62, "no_permission": 29, "unbound_peer": 9}
         counters.dropped.update(
-            {
-                "unbound_channel": 2 * int(self._lost) // 3,
-                "no_permission": int(self._lost) - 2 * int(self._lost) // 3,
-            }
+            {why: int(self._lost) * share // 100 for why, share in shares_lost.items()}
         )
         shares = {
             ("refresh", "success"): 48,

@@ -19,12 +19,13 @@ page.on("pageerror", (error) => problems.push(String(error)));
 page.on("request", (request) => requests.add(request.url()));
 
 const calls = {
-  // Open a page in a window of that size, in the dark or not.
+  // Open a page in a window of that size, in the dark or not. Its requests are those that count.
   async open(url, width, height, isDark) {
     await page.setViewport({ width, height, deviceScaleFactor: 1 });
     const scheme = isDark ? "dark" : "light";
     if (browserName === "chromium") // Firefox cannot be told
       await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: scheme }]);
+    requests.clear();
     await page.goto(url);
   },
   evaluate: (expression) => page.evaluate(expression),
