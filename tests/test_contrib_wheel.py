@@ -75,6 +75,7 @@ def test_the_sdist_has_all_that_it_is_built_of(built: Path) -> None:
     with tarfile.open(one(built, "*.tar.gz")) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "relay/cli.py"} <= names
+    assert not any(name.startswith("tests/") for name in names)  # half of them would be no use
 
 
 def test_the_command_of_the_wheel_runs(built: Path, tmp_path: Path) -> None:
