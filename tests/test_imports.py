@@ -59,6 +59,21 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.stun",
         "relay.version",
     ),
+    # A client like any other: it knows no part of the relay but the protocol, and how
+    # a file of secrets is written.
+    "relay.probe": (
+        "relay.config.parsing",
+        "relay.net.buffers",
+        "relay.turn.channeldata",
+        "relay.turn.framing",
+        "relay.turn.users",
+        "relay.stun",
+    ),
+    "relay.probe.client": (
+        "relay.turn.channeldata",
+        "relay.turn.framing",
+        "relay.stun",
+    ),
     "relay.config": (
         "relay.net.addresses",
         "relay.net.listening",
@@ -75,19 +90,6 @@ MAY_IMPORT: Final[dict[str, tuple[str, ...]]] = {
         "relay.stun.address",
         "relay.stun.const",
         "relay.turn.users",
-    ),
-    # A client like any other: it knows no part of the relay but the protocol.
-    "relay.probe": (
-        "relay.net.buffers",
-        "relay.turn.channeldata",
-        "relay.turn.framing",
-        "relay.turn.users",
-        "relay.stun",
-    ),
-    "relay.probe.client": (
-        "relay.turn.channeldata",
-        "relay.turn.framing",
-        "relay.stun",
     ),
     "relay.datapath": (
         "relay.observe.counters",

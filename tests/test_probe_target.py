@@ -14,6 +14,8 @@ from relay.probe.target import (
     parse_uri,
     read_ice_servers,
 )
+from relay.stun.const import PasswordAlgorithm
+from relay.stun.integrity import long_term_key
 from relay.turn.users import Users
 
 
@@ -85,10 +87,11 @@ def test_what_is_no_ice_server(text: str) -> None:
 def test_credentials_of_secrets_are_good_for_the_relay() -> None:
     for users, credential in (
         (Users(rest_secrets=("first",)), from_rest_secret("\nfirst\nsecond\n", "probe")),
+        (Users(rest_secrets=("first",)), from_rest_secret("# of May\nfirst\n", "probe")),
         (Users(secret="word"), from_firezone_secret("word\n", "salt")),
     ):
-        [key] = [*users.keys(credential.username, users.algorithms[0])]
-        assert key
+        [key] = [*users.keys(credential.username, PasswordAlgorithm.MD5)]
+        assert key == long_term_key(credential.username, users.realm, credential.password)
         assert not users.has_expired(credential.username, time.time())
         assert expired_since(credential) is None
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Final
 
+from relay.config import parsing
 from relay.probe.client import Credential
 from relay.turn.users import mint, mint_rest
 
@@ -93,17 +94,20 @@ def from_rest_secret(secrets: str, name: str) -> Credential:
 
     Raises TargetError.
     """
-    secret = next((line.strip() for line in secrets.splitlines() if line.strip()), None)
-    if secret is None:
-        raise TargetError("there is no secret in the file")
+    try:
+        secret = parsing.rest_secrets(secrets)[0]
+    except ValueError as error:
+        raise _no_secret(error) from None
     return Credential(*mint_rest(_expiry(), name, secret))
 
 
-def from_firezone_secret(secret: str, salt: str) -> Credential:
-    """Make a credential of Firezone's kind. Raises TargetError."""
-    if not secret.strip():
-        raise TargetError("there is no secret in the file")
-    return Credential(*mint(_expiry(), salt, secret.strip()))
+def from_firezone_secret(text: str, salt: str) -> Credential:
+    """Make a credential of Firezone's kind of the secret in a file's text. Raises TargetError."""
+    try:
+        secret = parsing.secret(text)
+    except ValueError as error:
+        raise _no_secret(error) from None
+    return Credential(*mint(_expiry(), salt, secret))
 
 
 def expired_since(credential: Credential) -> float | None:
@@ -113,6 +117,10 @@ def expired_since(credential: Credential) -> float | None:
         return None
     late = time.time() - int(expiry)
     return late if late > 0 else None
+
+
+def _no_secret(error: ValueError) -> TargetError:
+    return TargetError(f"no secret can be read from the file: it {error}")
 
 
 def _expiry() -> int:
