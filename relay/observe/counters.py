@@ -52,6 +52,13 @@ class Counters:
         """Count a datagram that the kernel did not take or give."""
         self.dropped[reason] += 1
 
+    def all_dropped(self, overflows: int) -> dict[str, int]:
+        """Return what was dropped by reason, with *overflows*: those that found a queue full.
+
+        For any thread: what is counted meanwhile may be missing.
+        """
+        return {**dict(self.dropped), QUEUE_FULL: overflows}
+
     def dump(self) -> dict[str, Any]:
         """Return all of them as JSON can hold them, for :meth:`load`."""
         return {

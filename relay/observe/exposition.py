@@ -19,7 +19,6 @@ from prometheus_client.registry import Collector
 from relay.observe.counters import (
     NOT_ATTACHED,
     PACKET_SIZES,
-    QUEUE_FULL,
     UDP,
     Connections,
     Counters,
@@ -229,7 +228,7 @@ class RelayCollector(Collector):
             "relay_dropped_packets_total",
             "Datagrams neither relayed nor answered, by reason. send_* and receive_* "
             "are the kernel's errors, the others are what the datagram was.",
-            {**dict(counters.dropped), QUEUE_FULL: status.overflows},
+            counters.all_dropped(status.overflows),
         )
         yield sizes
         # A counter must not fall, and these numbers are not of the very same moment.

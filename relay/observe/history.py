@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
-from relay.observe.counters import QUEUE_FULL, Relayed, Sizes
+from relay.observe.counters import Relayed, Sizes
 from relay.observe.exposition import Status, total
 
 PERIOD: Final = 10.0  # seconds
@@ -65,7 +65,7 @@ def sample(status: Status, cpu: float) -> Sample:
         status.allocations,
         round(cpu, 3),
         *(*up, *down),
-        sum(dropped(status).values()),
+        sum(status.counters.all_dropped(status.overflows).values()),
         sum(status.responses.values()),
     )
 
@@ -80,11 +80,6 @@ def to_client(status: Status) -> Traffic:
     """Return what was relayed to clients."""
     sizes = [each.to_client for each in _by_transport(status)]
     return _traffic(sizes, () if status.in_kernel is None else status.in_kernel.to_client)
-
-
-def dropped(status: Status) -> dict[str, int]:
-    """Return how many datagrams were neither relayed nor answered, by reason."""
-    return {**dict(status.counters.dropped), QUEUE_FULL: status.overflows}
 
 
 def _by_transport(status: Status) -> Iterable[Sizes]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from relay.observe.counters import (
-    QUEUE_FULL,
     UDP,
     Connections,
     Counters,
@@ -127,7 +126,7 @@ class Monitor:
 
     def dropped(self) -> dict[str, int]:
         """Return how many datagrams were neither relayed nor answered, by reason."""
-        return {**dict(self._counters.dropped), QUEUE_FULL: self._overflows()}
+        return self._counters.all_dropped(self._overflows())
 
     def line(self) -> str:
         """Say in one line how it goes, with the traffic since the line before."""

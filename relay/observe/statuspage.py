@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from relay.observe.counters import InKernel
 from relay.observe.exposition import Status
-from relay.observe.history import PERIOD, History, Sample, dropped, to_client, to_peer
+from relay.observe.history import PERIOD, History, Sample, to_client, to_peer
 from relay.observe.recent import RECENT
 
 PAGE: Final = (Path(__file__).parent / "page" / "index.html").read_text()
@@ -119,7 +119,7 @@ class StatusPage:
             "cpu_seconds": round(self._cpu_time(), 3),
             "loop_lag_seconds": round(max(status.loop_lag, status.stuck_for), 4),
             "bugs": status.counters.bugs,
-            "dropped": dropped(status),
+            "dropped": status.counters.all_dropped(status.overflows),
             "responses": {" ".join(key): count for key, count in status.responses.items()},
             "auth_failures": dict(status.auth_failures),
             "refused_peers": dict(status.refused_peers),
