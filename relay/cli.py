@@ -127,7 +127,7 @@ def _log_failure(exit_code: int, message: str, incoming: Incoming | None) -> int
 def _print_risks(command: Command) -> None:
     """Say what is risky, line by line, of a configuration that is good."""
     files = command.secret_files
-    found = risks(command.config, command.texts, files, look(files))
+    found = risks(command.config, files, look(files))
     for risk in found:
         print(f"risk: {risk.what}: {risk.text}")
     number = f", with {len(found)} risk{'' if len(found) == 1 else 's'}" if found else ""
@@ -137,7 +137,7 @@ def _print_risks(command: Command) -> None:
 def _print_config(command: Command) -> None:
     """Print a file that means the same, but for a token that no option names."""
     for option in OPTIONS:
-        for text in command.texts.get(option.name, ()):
+        for text in command.config.texts.get(option.name, ()):
             print(f"{option.name} = {text}")
     config = command.config
     if command.token_source is not None:

@@ -31,7 +31,7 @@ def found(*arguments: str, system: System = SYSTEM, **changes: Any) -> dict[str,
     """Return the risks of a configuration by what they are about."""
     command = read(["-c", os.devnull, *PUBLIC, *arguments], {})
     config: Config = replace(command.config, **changes)
-    listed = risks(config, command.texts, command.secret_files, system)
+    listed = risks(config, command.secret_files, system)
     assert len({risk.what for risk in listed}) == len(listed)
     return {risk.what: risk.text for risk in listed}
 

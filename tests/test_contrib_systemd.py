@@ -260,7 +260,7 @@ def test_sample_configuration_shows_the_defaults_and_good_values_for_the_rest(
 
     lines = [f"{name} = {value}\n" for name, value in shown.items() if name not in files]
     (tmp_path / "relay.conf").write_text("".join(lines))
-    texts = read(["-c", str(tmp_path / "relay.conf")], {}).texts
+    texts = read(["-c", str(tmp_path / "relay.conf")], {}).config.texts
     assert shown.keys() - files <= texts.keys()
 
 

@@ -30,7 +30,6 @@ class Command:
     """What the command line asks for, once everything has been read."""
 
     config: Config
-    texts: dict[str, tuple[str, ...]]  # every option that has a value, as it could be written
     file: str | None  # of options; None: there is none
     token_source: str | None  # if that is no option
     private_hosts: dict[str, str]  # by option: what the routing table says, and nobody can reach
@@ -99,7 +98,6 @@ def _read(argv: Sequence[str], environment: Mapping[str, str], reader: "_Reader"
     _check_certificate(config)
     return Command(
         config,
-        texts,
         file=file,
         token_source=token_source,
         private_hosts=private_hosts,

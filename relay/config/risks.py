@@ -26,8 +26,7 @@ SPARE_DESCRIPTORS: Final = 100  # beside those of relay ports and connections
 _DAY: Final = 86400  # seconds
 _PORT_RANGE: Final = "net.ipv4.ip_local_port_range"
 _RESERVED: Final = "net.ipv4.ip_local_reserved_ports"
-_BUFFERS: Final = {"net.core.rmem_max": "receive", "net.core.wmem_max": "send"}
-_LOOPBACK: Final = ("127.0.0.0/8", "::1/128")
+_BUFFERS: Final = ("net.core.rmem_max", "net.core.wmem_max")
 _ALL: Final = ("0.0.0.0/0", "::/0")
 
 
@@ -66,13 +65,8 @@ def look(files: Iterable[str]) -> System:
     return System(time.time(), descriptors, settings, facts)
 
 
-def risks(
-    config: Config,
-    texts: Mapping[str, tuple[str, ...]],
-    secret_files: Iterable[str],
-    system: System,
-) -> list[Risk]:
-    """Return what is risky. *texts* are the options as they were written, by name."""
+def risks(config: Config, secret_files: Iterable[str], system: System) -> list[Risk]:
+    """Return what is risky."""
     found: list[Risk] = []
     found += _of_addresses(config)
     found += _of_ports(config, system)
@@ -82,7 +76,7 @@ def risks(
     found += _of_files(secret_files, system)
     found += _of_secrets(config)
     found += _of_certificate(config, system)
-    found += _of_operation(config, texts)
+    found += _of_operation(config)
     return found
 
 
@@ -212,7 +206,7 @@ def _of_certificate(config: Config, system: System) -> Iterator[Risk]:
         yield Risk("tls-cert", f"the certificate ends in {days:.0f} days: renew it")
 
 
-def _of_operation(config: Config, texts: Mapping[str, tuple[str, ...]]) -> Iterator[Risk]:
+def _of_operation(config: Config) -> Iterator[Risk]:
     if config.http_addr is not None and not ip_address(config.http_addr[0]).is_loopback:
         host = config.http_addr[0]
         yield Risk("http-addr", f"{host} shows status and metrics to whoever can reach it")
@@ -223,7 +217,7 @@ def _of_operation(config: Config, texts: Mapping[str, tuple[str, ...]]) -> Itera
     if config.rng_seed is not None:
         yield Risk("rng-seed", "makes nonces and secrets predictable: for tests only")
     if any(level <= logging.DEBUG for level in config.log_levels.values()):
-        levels = ",".join(texts.get("log-level", ()))
+        levels = ",".join(config.texts.get("log-level", ()))
         yield Risk("log-level", f"{levels} writes addresses of clients, and of their peers")
     if any(prefix in _ALL for prefix in config.proxies):
         yield Risk("proxy-protocol-from", "whoever connects may claim to be at any address")
